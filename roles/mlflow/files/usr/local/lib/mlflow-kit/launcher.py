@@ -1,0 +1,244 @@
+"""Run one instance of the MLflow server, or migrate its database, in this very process.
+
+`mlflow server` keeps a whole second interpreter alive as the parent of its workers and hands its settings to
+them in their environment, where `ps` shows them. Here the settings come from the unit's EnvironmentFile, the
+secrets from systemd credentials, and both stay in this process.
+
+Usage: launcher.py serve INSTANCE | migrate | check-settings FILE
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+import socket
+import sys
+import typing
+import uuid
+
+# Names that Python, its libraries and libpq read, and that no list of MLflow or botocore holds.
+ELSEWHERE = {"TMPDIR", "HOME", "PATH", "LANG", "LC_ALL", "TZ", "MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_"}
+ELSEWHERE |= {"SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "PGPASSFILE"}
+ELSEWHERE |= {"PGSSLROOTCERT", "PGSSLMODE", "PGAPPNAME", "PGCONNECT_TIMEOUT", "PGTARGETSESSIONATTRS"}
+ELSEWHERE |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
+# The launcher's own.
+OURS = {"MLFLOW_KIT_SHUTDOWN_SECONDS"}
+# What the command line of the server hands to its workers: public name to the internal one.
+HANDED = {
+    "MLFLOW_BACKEND_STORE_URI": "BACKEND_STORE_URI_ENV_VAR",
+    "MLFLOW_READ_REPLICA_BACKEND_STORE_URI": "READ_REPLICA_BACKEND_STORE_URI_ENV_VAR",
+    "MLFLOW_REGISTRY_STORE_URI": "REGISTRY_STORE_URI_ENV_VAR",
+    "MLFLOW_DEFAULT_ARTIFACT_ROOT": "ARTIFACT_ROOT_ENV_VAR",
+    "MLFLOW_ARTIFACTS_DESTINATION": "ARTIFACTS_DESTINATION_ENV_VAR",
+    "MLFLOW_SERVE_ARTIFACTS": "SERVE_ARTIFACTS_ENV_VAR",
+    "MLFLOW_ARTIFACTS_ONLY": "ARTIFACTS_ONLY_ENV_VAR",
+    "MLFLOW_EXPOSE_PROMETHEUS": "PROMETHEUS_EXPORTER_ENV_VAR",
+}
+log = logging.getLogger("mlflow-kit")
+
+
+def _true(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true")
+
+
+def load_secrets() -> None:
+    """Put the unit's credentials into this process: `secrets` (a JSON object) and `pgpass`.
+
+    They are set in the interpreter only, so that /proc/PID/environ and `ps e` do not show them. libpq wants a
+    file that nobody else may read, which a credential's access list does not look like to it: hence the copy
+    in the unit's private runtime directory.
+    """
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    if not folder:
+        return
+    held = pathlib.Path(folder)
+    if (held / "secrets").exists():
+        os.environ.update(json.loads((held / "secrets").read_text()))
+    if (held / "pgpass").exists():
+        copy = pathlib.Path(os.environ["RUNTIME_DIRECTORY"]) / "pgpass"
+        copy.unlink(missing_ok=True)
+        with os.fdopen(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write((held / "pgpass").read_text())
+        os.environ["PGPASSFILE"] = str(copy)
+
+
+def internal_names() -> dict[str, str]:
+    """Public name to internal name, read from the installed version's own constants without importing the server.
+
+    Raises SystemExit when the version no longer has one of them.
+    """
+    import mlflow
+
+    source = (pathlib.Path(mlflow.__file__).parent / "server" / "constants.py").read_text()
+    found = dict(re.findall(r'^([A-Z_]+) = "([^"]+)"', source, re.MULTILINE))
+    missing = sorted(set(HANDED.values()) - set(found))
+    if missing:
+        sys.exit(f"MLflow {mlflow.__version__} has no {', '.join(missing)} in mlflow/server/constants.py")
+    return {public: found[constant] for public, constant in HANDED.items()}
+
+
+def known_names() -> set[str]:
+    """Every environment name that the installed MLflow and botocore, or what they stand on, read."""
+    import mlflow.cli
+    import mlflow.environment_variables
+    from botocore.configprovider import BOTOCORE_DEFAUT_SESSION_VARIABLES
+
+    names = ELSEWHERE | OURS | set(HANDED)
+    for value in vars(mlflow.environment_variables).values():
+        name = getattr(value, "name", None)
+        if isinstance(name, str):
+            names.add(name)
+    for parameter in mlflow.cli.server.params:
+        read = getattr(parameter, "envvar", None)
+        names |= {read} if isinstance(read, str) else set(read or ())
+    for entry in BOTOCORE_DEFAUT_SESSION_VARIABLES.values():
+        read = entry[1]
+        names |= {read} if isinstance(read, str) else set(read or ())
+    source = (pathlib.Path(mlflow.__file__).parent / "server" / "constants.py").read_text()
+    return names | set(re.findall(r'"(MLFLOW_[A-Z_]+)"', source))
+
+
+def unread(names: typing.Iterable[str]) -> list[str]:
+    """Those of `names` that look like settings of MLflow, S3 or AWS and that nothing reads, sorted."""
+    looks = re.compile(r"^(MLFLOW_|AWS_|S3_|GUNICORN_|BOTO)")
+    return sorted({name for name in names if looks.match(name)} - known_names())
+
+
+def names_in(path: pathlib.Path) -> list[str]:
+    """The names that an environment file sets."""
+    return re.findall(r"^([A-Za-z_][A-Za-z0-9_]*)=", path.read_text(), re.MULTILINE)
+
+
+def notify(state: str) -> None:
+    """Tell systemd `state` (see sd_notify(3)); does nothing outside a unit of Type=notify."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.connect("\0" + address[1:] if address.startswith("@") else address)
+            channel.sendall(state.encode())
+
+
+def migrate() -> None:
+    """Bring the database to the installed version's schema, one host at a time.
+
+    The lock is PostgreSQL's own: MLflow takes none that spans hosts. What was done is remembered in the state
+    directory, so that the next deployment need not start an interpreter to find nothing to do.
+    """
+    import mlflow.cli
+    import sqlalchemy
+
+    uri = os.environ["MLFLOW_BACKEND_STORE_URI"]
+    lock = None
+    if uri.startswith("postgresql"):
+        lock = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool).connect()
+        lock.execute(sqlalchemy.text("SELECT pg_advisory_lock(hashtext('mlflow-kit'))"))
+    log.info("migrating the schema to MLflow %s", mlflow.__version__)
+    mlflow.cli.cli(["db", "upgrade", uri], standalone_mode=False)
+    if lock is not None:
+        lock.close()
+    stamp = f"{pathlib.Path(sys.prefix).resolve()} {uri}"
+    (pathlib.Path(os.environ["STATE_DIRECTORY"]) / "migrated").write_text(
+        hashlib.sha256(stamp.encode()).hexdigest() + "\n"
+    )
+
+
+def _start_jobs(handed: dict[str, str], address: str) -> None:
+    from mlflow.server.jobs.utils import _check_requirements, _launch_job_execution_runner
+
+    uri = os.environ["MLFLOW_BACKEND_STORE_URI"]
+    _check_requirements(uri)
+    _launch_job_execution_runner(
+        {**handed, "MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_TRACKING_URI": address}, os.getpid()
+    )
+
+
+def serve(instance: int) -> None:
+    """Serve as the `instance`-th on this host (from 1): the port counts up from MLFLOW_PORT.
+
+    systemd learns that the instance is ready only when it listens and both stores have answered. Raises
+    SystemExit for settings that the version does not read; the stores' own errors when they do not answer.
+    """
+    from mlflow.utils.server_cli_utils import resolve_default_artifact_root
+
+    notify("STATUS=importing")
+    artifacts = _true("MLFLOW_SERVE_ARTIFACTS")
+    uri = os.environ.get("MLFLOW_BACKEND_STORE_URI", "")
+    if not os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT"):
+        os.environ["MLFLOW_DEFAULT_ARTIFACT_ROOT"] = resolve_default_artifact_root(artifacts, "", uri)
+    os.environ["MLFLOW_SERVE_ARTIFACTS"] = "true" if artifacts else ""
+    os.environ["MLFLOW_ARTIFACTS_ONLY"] = "true" if _true("MLFLOW_ARTIFACTS_ONLY") else ""
+    os.environ.setdefault("MLFLOW_REGISTRY_STORE_URI", uri)
+    handed = {inner: os.environ[name] for name, inner in internal_names().items() if os.environ.get(name)}
+    handed |= {"_MLFLOW_SERVER_BOOT_ID": uuid.uuid4().hex, "_MLFLOW_SGI_NAME": "uvicorn"}
+    jobs = _true("MLFLOW_SERVER_ENABLE_JOB_EXECUTION")
+    if jobs:
+        # The instances of a host share one queue; the first of them runs what works it off.
+        queue = pathlib.Path(os.environ["STATE_DIRECTORY"]) / "jobs"
+        queue.mkdir(exist_ok=True)
+        handed["_MLFLOW_HUEY_STORAGE_PATH"] = str(queue)
+    os.environ.update(handed)
+
+    import uvicorn
+    from mlflow.server import handlers
+    from mlflow.server.fastapi_app import app
+
+    stray = unread(os.environ)
+    if stray:
+        sys.exit(f"the installed MLflow reads no {', '.join(stray)}: correct mlflow_environment")
+    if not _true("MLFLOW_ARTIFACTS_ONLY"):
+        notify("STATUS=opening the stores")
+        handlers.initialize_backend_stores(
+            uri, os.environ["MLFLOW_REGISTRY_STORE_URI"], os.environ["MLFLOW_DEFAULT_ARTIFACT_ROOT"]
+        )
+
+    host, port = os.environ["MLFLOW_HOST"], int(os.environ["MLFLOW_PORT"]) + instance - 1
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                notify(f"READY=1\nSTATUS=serving on {host} port {port}")
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            notify("STOPPING=1\nSTATUS=finishing what is under way")
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        access_log=False,  # the gateway keeps it, with the user's name
+        server_header=False,
+        backlog=1024,
+        timeout_keep_alive=90,  # longer than the gateway keeps its own: it must be the one that closes
+        timeout_graceful_shutdown=int(os.environ.get("MLFLOW_KIT_SHUTDOWN_SECONDS", "30")),
+        log_config=None,
+    )
+    if jobs and instance == 1:
+        _start_jobs(handed, f"http://{host}:{port}")
+    Server(config).run()
+
+
+def main() -> None:
+    """Do what the command line says."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    if len(sys.argv) == 3 and sys.argv[1] == "serve":
+        load_secrets()
+        serve(int(sys.argv[2]))
+    elif sys.argv[1:] == ["migrate"]:
+        load_secrets()
+        migrate()
+    elif len(sys.argv) == 3 and sys.argv[1] == "check-settings":
+        stray = unread(names_in(pathlib.Path(sys.argv[2])))
+        if stray:
+            sys.exit(f"the installed MLflow reads no {', '.join(stray)}: correct mlflow_environment")
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
