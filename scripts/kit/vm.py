@@ -94,7 +94,9 @@ def apt_sources(suite: str) -> list[str]:
             text += path.read_text(errors="replace") + "\n"
     found = re.findall(r"^[^#\n]*?(https?://\S+?)/?(?=\s|$)", text, re.MULTILINE)
     main = os.environ.get("KIT_APT_MIRROR") or next((u for u in found if u.endswith("/debian")), "")
-    security = os.environ.get("KIT_APT_SECURITY_MIRROR") or next((u for u in found if u.endswith("/debian-security")), "")
+    security = os.environ.get("KIT_APT_SECURITY_MIRROR") or next(
+        (u for u in found if u.endswith("/debian-security")), ""
+    )
     if not main:
         return []
     lines = [f"deb {main} {suite} main", f"deb {main} {suite}-updates main"]
@@ -120,7 +122,7 @@ def _bootstrap(suite: str, name: str, authorities: Sequence[pathlib.Path]) -> No
     with tempfile.TemporaryDirectory(prefix="mlflow-kit-") as work:
         tar, unit = f"{work}/image.tar", pathlib.Path(work) / "kit-rshared.service"
         unit.write_text(RSHARED)
-        hooks = [f'copy-in {unit} /etc/systemd/system', 'chroot "$1" systemctl -q enable kit-rshared.service']
+        hooks = [f"copy-in {unit} /etc/systemd/system", 'chroot "$1" systemctl -q enable kit-rshared.service']
         if authorities:
             hooks.append(f"copy-in {' '.join(map(str, authorities))} /usr/local/share/ca-certificates")
         hooks += [
@@ -128,7 +130,7 @@ def _bootstrap(suite: str, name: str, authorities: Sequence[pathlib.Path]) -> No
             'printf "127.0.0.1 localhost\\n::1 localhost ip6-localhost ip6-loopback\\n" > "$1/etc/hosts"',
             ': > "$1/etc/machine-id"',
             'echo force-unsafe-io > "$1/etc/dpkg/dpkg.cfg.d/kit"',
-            "printf 'Acquire::Languages \"none\";\\n' > \"$1/etc/apt/apt.conf.d/90kit\"",
+            'printf \'Acquire::Languages "none";\\n\' > "$1/etc/apt/apt.conf.d/90kit"',
             # An emptied folder of lists looks fresh to apt's modules: set its time back.
             'touch -d @0 "$1/var/lib/apt/lists"',
         ]
@@ -167,6 +169,29 @@ def addresses(name: str) -> list[str]:
     networks = json.loads(podman("inspect", name, "--format", "{{json .NetworkSettings.Networks}}"))
     found = [n[key] for key in ("IPAddress", "GlobalIPv6Address") for n in networks.values() if n.get(key)]
     return [str(ipaddress.ip_address(address)) for address in found]
+
+
+def gateways(name: str) -> list[str]:
+    """The host's own addresses on the network `name`: how its containers see this machine."""
+    found = json.loads(podman("network", "inspect", name))[0]["subnets"]
+    return [str(ipaddress.ip_address(subnet["gateway"])) for subnet in found]
+
+
+def python_index() -> str:
+    """The Python package index that this machine is set up for, or nothing for the tools' default."""
+    for variable in ("UV_DEFAULT_INDEX", "PIP_INDEX_URL"):
+        if os.environ.get(variable):
+            return os.environ[variable]
+    done = _call([sys.executable, "-m", "pip", "config", "get", "global.index-url"], check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def write(name: str, path: str, data: bytes) -> None:
+    """Write `data` to `path` in the machine `name`, readable by root alone."""
+    argv = [*_engine_argv(), "exec", "-i", name, "sh", "-c", 'umask 077; cat > "$1"', "sh", path]
+    done = subprocess.run(argv, input=data, capture_output=True)
+    if done.returncode:
+        raise VmError(f"cannot write {path} in {name}: {done.stderr.decode(errors='replace')}")
 
 
 def running(name: str) -> bool:
