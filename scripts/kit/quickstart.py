@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import hashlib
 import os
 import pathlib
 import re
@@ -18,10 +19,13 @@ import yaml
 
 from kit import channel, vm
 
-MACHINE, CLIENT, NETWORK, NAME = "mlflow-kit-vm", "mlflow-kit-client", "mlflow-kit", "mlflow.test"
+# Each checkout has machines of its own, so that two of them do not share one site with different secrets.
+OWN = hashlib.sha256(str(vm.CHECKOUT).encode()).hexdigest()[:6]
+MACHINE, CLIENT, NETWORK = f"mlflow-kit-{OWN}-vm", f"mlflow-kit-{OWN}-client", f"mlflow-kit-{OWN}"
+NAME = os.environ.get("KIT_PUBLIC_NAME", "mlflow.test")
 INVENTORY = vm.CHECKOUT / "inventories" / "quickstart"
 LOCAL = INVENTORY / "group_vars" / "all" / "local.yml"
-MARK = "# mlflow-kit quickstart"
+MARK = f"# mlflow-kit quickstart {OWN}"
 PYTHONS = {"trixie": "3.13", "bookworm": "3.11"}
 CHANNEL = "/srv/conda-channel"
 CACHE_VOLUME = "/var/cache/mlflow-kit"
@@ -69,11 +73,7 @@ def conda_forge_answers() -> bool:
 
 
 def boot(suite: str, local_channel: pathlib.Path | None) -> dict[str, list[str]]:
-    """Boot the machine and the client; return their addresses. Raises Failed for another checkout's machine."""
-    for name in (MACHINE, CLIENT):
-        owner = vm.owner(name) if vm.exists(name) else str(vm.CHECKOUT)
-        if owner != str(vm.CHECKOUT):
-            raise Failed(f"the machine {name} belongs to the checkout {owner}: run its scripts/quickstart --down first")
+    """Boot the machine and the client, and return their addresses."""
     volumes = [f"mlflow-kit-uv-{suite}:{CACHE_VOLUME}"]
     if local_channel:
         volumes.append(f"{local_channel}:{CHANNEL}:ro")
@@ -93,7 +93,12 @@ def settings(suite: str, addresses: dict[str, list[str]], local_channel: bool) -
         {"cidr": f"{address}/{128 if ':' in address else 32}", "description": "this machine, as the containers see it"}
         for address in vm.gateways(NETWORK)
     ]
-    content: dict[str, object] = {"site_allow": allow, "conda_env_python": PYTHONS[suite]}
+    content: dict[str, object] = {
+        "quickstart_machine": MACHINE,
+        "site_public_name": NAME,
+        "site_allow": allow,
+        "conda_env_python": PYTHONS[suite],
+    }
     if local_channel:
         content["conda_env_channels"] = [f"file://{CHANNEL}"]
     index = vm.python_index()
@@ -156,10 +161,6 @@ def _write_hosts(text: str) -> None:
 
 def down() -> None:
     """Remove everything that the quickstart made."""
-    for name in (MACHINE, CLIENT):
-        owner = vm.owner(name) if vm.exists(name) else str(vm.CHECKOUT)
-        if owner != str(vm.CHECKOUT):
-            raise Failed(f"the machine {name} belongs to the checkout {owner}")
     vm.down([MACHINE, CLIENT], [NETWORK])
     for suite in PYTHONS:
         for name in (MACHINE, CLIENT):

@@ -131,8 +131,6 @@ def _bootstrap(suite: str, name: str, authorities: Sequence[pathlib.Path]) -> No
             ': > "$1/etc/machine-id"',
             'echo force-unsafe-io > "$1/etc/dpkg/dpkg.cfg.d/kit"',
             'printf \'Acquire::Languages "none";\\n\' > "$1/etc/apt/apt.conf.d/90kit"',
-            # An emptied folder of lists looks fresh to apt's modules: set its time back.
-            'touch -d @0 "$1/var/lib/apt/lists"',
         ]
         sudo = [] if os.geteuid() == 0 else ["sudo"]
         argv = [*sudo, "mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--include={PACKAGES}"]
@@ -204,11 +202,6 @@ def exists(name: str) -> bool:
     return _call([*_engine_argv(), "container", "exists", name], check=False).returncode == 0
 
 
-def owner(name: str) -> str:
-    """The checkout that made the machine `name`."""
-    return podman("inspect", name, "--format", f'{{{{index .Config.Labels "{LABEL}"}}}}', check=False)
-
-
 def up(
     name: str,
     *,
@@ -227,11 +220,13 @@ def up(
         made = image(suite)
         for net in networks:
             network(net)
-        argv = ["run", "--detach", f"--name={name}", f"--hostname={name}", f"--label={LABEL}={CHECKOUT}"]
-        argv += ["--systemd=always", "--cap-add=SYS_ADMIN,NET_ADMIN", "--no-hosts"]
+        argv = ["run", "--detach", f"--name={name}", f"--hostname={name}", f"--label={LABEL}"]
+        argv += ["--systemd=always", "--cap-add=SYS_ADMIN,NET_ADMIN,SYS_PTRACE", "--no-hosts"]
         argv += [f"--network={net}" for net in networks] + [f"--network-alias={a}" for a in aliases]
         argv += [f"--volume={v}" for v in (f"mlflow-kit-apt-{name}-{suite}:/var/cache/apt/archives", *volumes)]
         podman(*argv, *run_args, made, "/sbin/init")
+        # An emptied folder of lists looks fresh to Ansible: set its time back.
+        execute(name, "touch", "-d", "@0", "/var/lib/apt/lists")
     elif not running(name):
         podman("start", name)
     _wait(name)
