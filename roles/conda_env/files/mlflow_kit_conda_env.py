@@ -314,7 +314,7 @@ def install_conda_part(plan: Plan, prefix: pathlib.Path, tools: pathlib.Path, wo
     argv = [str(binary), "create", "--yes", "--quiet", "--copy", "--no-default-packages", "--prefix", str(prefix)]
     argv += ["--override-channels", *[word for channel in channels(plan) for word in ("--channel", channel)]]
     argv += ["--offline"] if plan["offline_directory"] else []
-    argv += [re.sub(r"^(\S+) (?=[\d.*]+$)", r"\1=", spec) for spec in specs(plan)]
+    argv += [f"python={plan['python']}", *plan["packages"]]  # one = stands for .* too
     env |= {"CONDA_PKGS_DIRS": f"{plan['cache']}/conda", "CONDA_REGISTER_ENVS": "false"}
     if plan["channel_alias"]:
         env["CONDA_CHANNEL_ALIAS"] = plan["channel_alias"]
@@ -604,7 +604,7 @@ def verify(prefix: pathlib.Path) -> dict[str, list[str]]:
     for path in present:
         if path in owned or path.startswith((f"{OWN}/", "conda-meta/")) or path == "CACHEDIR.TAG":
             continue
-        if not _is_bytecode(path) or _source_of(path) not in here:
+        if not _is_bytecode(path) or not (_source_of(path) in here or _source_of(path) in owned):
             found["extra"].append(path)
     found["missing"] = [p for p in owned if p not in here and not _is_bytecode(p)]
 
