@@ -77,7 +77,7 @@ def whole_number(value: object) -> int | None:
         return None
     if isinstance(value, int):
         return value
-    return int(value) if isinstance(value, str) and re.fullmatch(r"\d{1,12}", value) else None
+    return int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,12}", value) else None
 
 
 def classes(text: str) -> list[str]:
@@ -247,7 +247,7 @@ def database_url(inventory: Inventory) -> Iterator[Fault]:
         hint = DIALECT_HINTS.get(parts.scheme, f"the service is not run on {parts.scheme.partition('+')[0]}")
         found = f"dialect «{parts.scheme}» in {shown(masked(value))}"
         yield inventory.fault(subject, found, f"{' or '.join(dialects)} ({hint}): {example}", key)
-    if has_password(value, parts):
+    if has_password(value):
         home = str(inventory.values.get("database_password_variable") or "a vaulted variable")
         yield inventory.fault(
             subject, f"a password in {shown(masked(value))}", f"none there: it belongs, vaulted, in {home}", key
@@ -264,20 +264,19 @@ def split(value: object) -> SplitResult | None:
     except ValueError:
         # A repeated host of libpq's has several ports, a password may look like one: both are judged elsewhere.
         scheme, _, rest = str(value).partition("://")
-        if "@" not in rest:
-            return None
-        return SplitResult(
-            scheme.lower(), rest.partition("/")[0], "/" + rest.rpartition("@")[2].partition("/")[2], "", ""
-        )
+        user, at, tail = rest.rpartition("@")
+        host, _, path = tail.partition("/")
+        return SplitResult(scheme.lower(), f"{user}@{host}", f"/{path}", "", "") if at else None
 
 
-def has_password(url: str, parts: SplitResult) -> bool:
+def has_password(url: str) -> bool:
     """Whether `url` has a password, before its host or among its options."""
     head, at, _tail = url.partition("://")[2].rpartition("@")
     if at and ":" in head:
         return True
     return any(
-        re.search(r"(?i)pass(word|wd)?$", name) for name, _value in parse_qsl(parts.query, keep_blank_values=True)
+        re.search(r"(?i)pass(word|wd)?$", name)
+        for name, _value in parse_qsl(url.partition("?")[2], keep_blank_values=True)
     )
 
 

@@ -149,12 +149,20 @@ def unit_of(cgroup: str) -> str:
     return ""
 
 
+def target_of(link: pathlib.Path) -> str:
+    """What `link` points to; an empty string when it is gone already."""
+    try:
+        return os.readlink(link)  # noqa: PTH115 - `socket:[1]` is no path
+    except OSError:
+        return ""
+
+
 def holders(inodes: set[str], proc: pathlib.Path = pathlib.Path("/proc")) -> dict[str, list[Holder]]:
     """Which processes have the sockets `inodes` open. Those that end meanwhile are left out."""
     found: dict[str, list[Holder]] = {}
     for folder in sorted((p for p in proc.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)):
         try:
-            links = {os.readlink(link) for link in (folder / "fd").iterdir()}  # noqa: PTH115 - not a path
+            links = set(map(target_of, (folder / "fd").iterdir()))
             mine = {inode for inode in inodes if f"socket:[{inode}]" in links}
             if mine:
                 name = (folder / "comm").read_text(errors="replace").strip()
