@@ -352,7 +352,7 @@ def main() -> None:
     """Command line: `make SUITE [-o DIR] [--if-missing]` or `build OUT`."""
     parser = argparse.ArgumentParser(prog="scripts/make-channel", description=(__doc__ or "").partition("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    here = verbs.add_parser("make", prog="scripts/make-channel", help="build in a container of a Debian release")
+    here = verbs.add_parser("make", prog="scripts/make-channel", help="build in a container", description=__doc__)
     here.add_argument("suite", choices=("trixie", "bookworm"))
     here.add_argument("-o", "--output", type=pathlib.Path, help="the channel's folder (default: the user's cache)")
     here.add_argument("--if-missing", action="store_true", help="do nothing when the channel is there")

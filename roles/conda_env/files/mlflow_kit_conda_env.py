@@ -196,13 +196,16 @@ def _die_with_parent() -> None:
 def locked(root: pathlib.Path, *, wait: bool = True) -> Iterator[Work | None]:
     """Hold the lock of `root`; with `wait` false, yield None when somebody else does."""
     root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield None
-        else:
-            yield Work(file.fileno())
+    # Who may open the file may hold the lock for ever: that is root alone.
+    lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    held = False
+    try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        yield Work(lock) if held else None
+    finally:
+        os.close(lock)
 
 
 def base_environment(plan: Plan) -> dict[str, str]:
