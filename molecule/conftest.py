@@ -20,7 +20,7 @@ from kit import vm
 HERE = pathlib.Path(__file__).parent
 BEFORE = ("destroy", "create", "prepare", "check", "converge", "idempotence", "check again")
 AFTER = () if os.environ.get("KIT_KEEP") else ("destroy after",)
-RECAP = re.compile(r"^\S+\s+: ok=\d+\s+changed=(\d+)", re.MULTILINE)
+RECAP = re.compile(r"^\W*\S+\s+: ok=\d+\s+changed=(\d+)", re.MULTILINE)
 broken: dict[str, str] = {}
 
 

@@ -185,9 +185,8 @@ def quickstart(suite: str) -> None:
             local_channel = channel.make(suite, if_missing=True)
         addresses = boot(suite, local_channel)
     if local_channel:
-        print(
-            f"    no conda channel is reached from here: Python comes from a channel made of Debian's own, {local_channel}"
-        )
+        print("    no public conda channel is reached from here:")
+        print(f"    Python comes from a channel made of Debian's own, {local_channel}")
     settings(suite, addresses, bool(local_channel))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         client = pool.submit(client_python)

@@ -1,0 +1,40 @@
+"""An upstream that answers with what reached it, and counts and hashes what is sent to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Mirror(BaseHTTPRequestHandler):
+    """Answer every request with its own description as JSON."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        """Read the body as it comes and describe the request."""
+        digest, size = hashlib.sha256(), 0
+        left = int(self.headers.get("Content-Length") or 0)
+        while left:
+            chunk = self.rfile.read(min(left, 1 << 20))
+            digest.update(chunk)
+            size += len(chunk)
+            left -= len(chunk)
+        port = self.server.server_address[1]
+        told = {"port": port, "path": self.path, "headers": dict(self.headers), "size": size}
+        body = json.dumps(told | {"sha256": digest.hexdigest()}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_PUT = do_DELETE = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Mirror).serve_forever()
