@@ -40,8 +40,10 @@ class SignedOnly:
     """Answer 403 to all that s3api did not take for a signed S3 request.
 
     Behind s3api stands Swift's own API, whose tokens would outlive a withdrawn key. s3api marks its requests in the
-    environment, where no header of a client can reach.
+    environment, where no header of a client can reach, and so do filters the questions that they ask on their own.
     """
+
+    INNER = ("s3api.auth_details", "swift.authorize_override")
 
     def __init__(self, app: App) -> None:
         """Wrap `app`."""
@@ -49,7 +51,7 @@ class SignedOnly:
 
     def __call__(self, env: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Handle one request."""
-        if "s3api.auth_details" in env:
+        if any(env.get(mark) for mark in self.INNER):
             return self.app(env, start_response)
         start_response("403 Forbidden", [("Content-Type", "application/xml"), ("Content-Length", str(len(DENIED)))])
         return [b"" if env["REQUEST_METHOD"] == "HEAD" else DENIED]
