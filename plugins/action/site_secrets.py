@@ -138,7 +138,7 @@ def complete(held: dict[str, Any], wanted: dict[str, str], authority: str, names
     return new
 
 
-class ActionModule(ActionBase):
+class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible ships no types
     """`site_secrets`: path, secrets (name to kind), authority (a title) and names (of the certificate).
 
     Returns `path`, the vaulted file that now holds everything (a scratch one in check mode), and `made`, the

@@ -107,8 +107,8 @@ def settings(suite: str, addresses: dict[str, list[str]], local_channel: bool) -
     LOCAL.write_text("---\n# Written by scripts/quickstart.\n" + yaml.safe_dump(content, sort_keys=True))
 
 
-def client_python() -> None:
-    """Give the client container a Python with MLflow and scikit-learn."""
+def client_python(name: str) -> None:
+    """Give the machine `name` a Python with MLflow and scikit-learn."""
     lock = (vm.CHECKOUT / "requirements" / "client.txt").read_bytes()
     script = """set -e
         command -v python3 >/dev/null && [ -d /usr/share/doc/python3-venv ] || {
@@ -119,24 +119,23 @@ def client_python() -> None:
         export UV_CACHE_DIR=/var/cache/mlflow-kit/uv UV_LINK_MODE=copy UV_SYSTEM_CERTS=1
         /opt/client/bin/uv pip install -q --python /opt/client/bin/python --require-hashes -r /root/client.txt"""
     index = vm.python_index()
-    vm.write(CLIENT, "/root/client.txt", lock)
-    vm.write(CLIENT, "/root/tools.txt", (vm.CHECKOUT / "requirements" / "tools.txt").read_bytes())
+    vm.write(name, "/root/client.txt", lock)
+    vm.write(name, "/root/tools.txt", (vm.CHECKOUT / "requirements" / "tools.txt").read_bytes())
     prefix = f"export UV_DEFAULT_INDEX='{index}' PIP_INDEX_URL='{index}'\n" if index else ""
-    vm.execute(CLIENT, "sh", "-c", prefix + script)
+    vm.execute(name, "sh", "-c", prefix + script)
 
 
-def work() -> list[str]:
-    """Run the real workload in the client container and return what it printed."""
-    folder = vm.CHECKOUT
-    vm.write(CLIENT, "/root/workload.py", (folder / "scripts" / "kit" / "workload.py").read_bytes())
+def work(name: str, folder: pathlib.Path) -> list[str]:
+    """Run the real workload in the machine `name`, with the client.env of `folder`; return what it printed."""
+    vm.write(name, "/root/workload.py", (vm.CHECKOUT / "scripts" / "kit" / "workload.py").read_bytes())
     env = (folder / "client.env").read_text().replace(str(folder), "/root")
-    vm.write(CLIENT, "/root/client.env", env.encode())
-    vm.write(CLIENT, "/root/ca-bundle.crt", (folder / "ca-bundle.crt").read_bytes())
+    vm.write(name, "/root/client.env", env.encode())
+    vm.write(name, "/root/ca-bundle.crt", (folder / "ca-bundle.crt").read_bytes())
     lines = []
     for kind in ("train", "transfer"):
         command = f"set -a; . /root/client.env; set +a; exec /opt/client/bin/python -W ignore /root/workload.py {kind}"
         try:
-            out = vm.execute(CLIENT, "sh", "-c", command)
+            out = vm.execute(name, "sh", "-c", command)
         except vm.VmError as error:
             raise Failed(f"the workload failed: {error}") from error
         lines += [line for line in out.splitlines() if line.startswith("{")]
@@ -189,14 +188,14 @@ def quickstart(suite: str) -> None:
         print(f"    Python comes from a channel made of Debian's own, {local_channel}")
     settings(suite, addresses, bool(local_channel))
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        client = pool.submit(client_python)
+        client = pool.submit(client_python, CLIENT)
         with phase("deploy (ansible-playbook -i inventories/quickstart site.yml)"):
             playbook("site.yml", log="deploy")
         playbook("playbooks/client.yml", log="client")
         with phase("give the client MLflow and scikit-learn"):
             client.result()
     with phase("train, log, register, load back, predict; 600 MB up and down"):
-        lines = work()
+        lines = work(CLIENT, vm.CHECKOUT)
     for line in lines:
         print(f"    {line}")
     print(f"  {name_on_this_machine(addresses[MACHINE][0])}")

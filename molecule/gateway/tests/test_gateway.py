@@ -49,9 +49,7 @@ def curl(host: Any, path: str, *more: str, family: str = "-4") -> tuple[str, str
         (STRANGER, "/", ["-u", ADA, "-H", "X-Real-IP: 127.0.0.1"], "403"),
     ],
 )
-def test_who_gets_what(
-    host_of: HostOf, client: str, path: str, options: list[str], status: str, family: str
-) -> None:
+def test_who_gets_what(host_of: HostOf, client: str, path: str, options: list[str], status: str, family: str) -> None:
     """The table of clients, credentials and paths."""
     assert curl(host_of(client), path, *options, family=family)[0] == status
 

@@ -182,7 +182,9 @@ def test_it_waits_for_a_database_that_is_away(host: Any) -> None:
     host.check_output("systemctl kill -s KILL mlflow@1")
     time.sleep(8)
     assert host.check_output("systemctl show -p ActiveState --value mlflow@1") == "activating"
-    host.check_output("systemctl start $(systemctl list-units --all --plain --no-legend 'postgresql@*' | cut -d' ' -f1)")
+    host.check_output(
+        "systemctl start $(systemctl list-units --all --plain --no-legend 'postgresql@*' | cut -d' ' -f1)"
+    )
     wait_healthy(host)
 
 
@@ -240,7 +242,7 @@ def test_jobs_run_where_they_are_asked_for(host: Any, as_before: None) -> None:
 def test_two_migrations_at_once_are_one_after_the_other(host: Any) -> None:
     """The advisory lock holds the second until the first has let go."""
     take = "SELECT pg_advisory_lock(hashtext('mlflow-kit')); SELECT pg_sleep(12);"
-    host.check_output(f"nohup su postgres -c \"psql -d mlflow -c \\\"{take}\\\"\" >/dev/null 2>&1 & true")
+    host.check_output(f'nohup su postgres -c "psql -d mlflow -c \\"{take}\\"" >/dev/null 2>&1 & true')
     began = time.monotonic()
     host.check_output("systemctl start mlflow-migrate")
     assert time.monotonic() - began > 9

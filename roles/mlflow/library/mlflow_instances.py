@@ -3,6 +3,13 @@
 
 from __future__ import annotations
 
+import pathlib
+import re
+import time
+import typing
+
+from ansible.module_utils.basic import AnsibleModule
+
 DOCUMENTATION = r"""
 module: mlflow_instances
 short_description: Keep the instances of a templated unit as configured
@@ -20,13 +27,6 @@ options:
   force: {description: Restart whatever the state., type: bool, default: false}
 author: [mlflow-kit]
 """
-
-import pathlib
-import re
-import time
-import typing
-
-from ansible.module_utils.basic import AnsibleModule
 
 
 class Units:
@@ -103,10 +103,18 @@ def main() -> None:
     units = Units(module, p["unit"])
     known = units.known()
     done: list[str] = []
+    if not module.check_mode and "yes" in units.systemctl("show", "-p", "NeedDaemonReload", units.name(1)):
+        units.systemctl("daemon-reload")
     for instance in sorted(set(known) - set(range(1, p["count"] + 1))):
         done.append(f"{instance}: stopped, since there are to be {p['count']}")
         if not module.check_mode:
             units.systemctl("disable", "--now", units.name(instance))
+    if not module.check_mode and not any(active for _, active in known.values()):
+        # Nobody is served yet: all at once.
+        names = [units.name(instance) for instance in range(1, p["count"] + 1)]
+        units.systemctl("reset-failed", *names, check=False)
+        units.systemctl("enable", "--now", "--quiet", *names)
+        module.exit_json(changed=True, done=[*done, "all were enabled and started"])
     for instance in range(1, p["count"] + 1):
         enabled, active = known.get(instance, (False, False))
         why = "it does not run" if not active else stale(units, instance, p["watch"], p["python"])

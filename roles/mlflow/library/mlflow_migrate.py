@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import pathlib
+
+from ansible.module_utils.basic import AnsibleModule
+
 DOCUMENTATION = r"""
 module: mlflow_migrate
 short_description: Migrate the database's schema once for each environment
@@ -13,11 +18,6 @@ options:
   stamp: {description: The file in which the unit remembers what it did., type: path, required: true}
 author: [mlflow-kit]
 """
-
-import hashlib
-import pathlib
-
-from ansible.module_utils.basic import AnsibleModule
 
 
 def main() -> None:
@@ -38,6 +38,8 @@ def main() -> None:
     if stamp.exists() and stamp.read_text().strip() == wanted:
         module.exit_json(changed=False)
     if not module.check_mode:
+        if "yes" in module.run_command(["systemctl", "show", "-p", "NeedDaemonReload", p["unit"]])[1]:
+            module.run_command(["systemctl", "daemon-reload"], check_rc=True)
         code, _, err = module.run_command(["systemctl", "start", p["unit"]])
         if code:
             journal = module.run_command(["journalctl", "-u", p["unit"], "-n", "40", "--no-pager", "-o", "cat"])[1]

@@ -10,6 +10,7 @@ Usage: launcher.py serve INSTANCE | migrate | check-settings FILE
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -66,40 +67,39 @@ def load_secrets() -> None:
         os.environ["PGPASSFILE"] = str(copy)
 
 
+def _source(package: str, *parts: str) -> str:
+    """The text of a file of an installed package, without importing the package."""
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        sys.exit(f"{sys.prefix} holds no {package}")
+    return pathlib.Path(found.origin).parent.joinpath(*parts).read_text()
+
+
 def internal_names() -> dict[str, str]:
-    """Public name to internal name, read from the installed version's own constants without importing the server.
+    """Public name to the name that the installed version hands to its workers.
 
     Raises SystemExit when the version no longer has one of them.
     """
-    import mlflow
-
-    source = (pathlib.Path(mlflow.__file__).parent / "server" / "constants.py").read_text()
-    found = dict(re.findall(r'^([A-Z_]+) = "([^"]+)"', source, re.MULTILINE))
+    found = dict(re.findall(r'^([A-Z_]+) = "([^"]+)"', _source("mlflow", "server", "constants.py"), re.MULTILINE))
     missing = sorted(set(HANDED.values()) - set(found))
     if missing:
-        sys.exit(f"MLflow {mlflow.__version__} has no {', '.join(missing)} in mlflow/server/constants.py")
+        sys.exit(f"the installed MLflow has no {', '.join(missing)} in mlflow/server/constants.py")
     return {public: found[constant] for public, constant in HANDED.items()}
 
 
 def known_names() -> set[str]:
-    """Every environment name that the installed MLflow and botocore, or what they stand on, read."""
-    import mlflow.cli
-    import mlflow.environment_variables
-    from botocore.configprovider import BOTOCORE_DEFAUT_SESSION_VARIABLES
+    """Every environment name that the installed MLflow and botocore, or what they stand on, read.
 
+    Taken from their sources: importing them would take seconds at every change of a setting.
+    """
     names = ELSEWHERE | OURS | set(HANDED)
-    for value in vars(mlflow.environment_variables).values():
-        name = getattr(value, "name", None)
-        if isinstance(name, str):
-            names.add(name)
-    for parameter in mlflow.cli.server.params:
-        read = getattr(parameter, "envvar", None)
-        names |= {read} if isinstance(read, str) else set(read or ())
-    for entry in BOTOCORE_DEFAUT_SESSION_VARIABLES.values():
-        read = entry[1]
-        names |= {read} if isinstance(read, str) else set(read or ())
-    source = (pathlib.Path(mlflow.__file__).parent / "server" / "constants.py").read_text()
-    return names | set(re.findall(r'"(MLFLOW_[A-Z_]+)"', source))
+    settings = _source("mlflow", "environment_variables.py")
+    names |= set(re.findall(r'Variable\(\s*"(_?MLFLOW_[A-Z0-9_]+)"', settings))
+    names |= set(re.findall(r"^(MLFLOW_[A-Z0-9_]+) = ", settings, re.MULTILINE))
+    for path in (("cli", "__init__.py"), ("utils", "cli_args.py")):
+        names |= set(re.findall(r'envvar="([A-Z0-9_]+)"', _source("mlflow", *path)))
+    names |= set(re.findall(r'"(MLFLOW_[A-Z_]+)"', _source("mlflow", "server", "constants.py")))
+    return names | set(re.findall(r"'(AWS_[A-Z0-9_]+)'", _source("botocore", "configprovider.py")))
 
 
 def unread(names: typing.Iterable[str]) -> list[str]:

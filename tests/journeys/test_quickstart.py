@@ -1,0 +1,259 @@
+"""From nothing to a registered model, and what then must hold for years."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import stat
+import time
+
+import pytest
+from journey import Site, leaked
+from kit import vm
+
+pytestmark = pytest.mark.xdist_group("quickstart")
+# Writes runs until /root/stop exists, and leaves the ids of those that were acknowledged in /root/acknowledged.
+WRITER = """
+import os, time
+os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "12"
+from mlflow.tracking import MlflowClient
+client = MlflowClient()
+made = client.get_experiment_by_name("written")
+experiment = made.experiment_id if made else client.create_experiment("written")
+end = time.time() + 90
+with open("/root/acknowledged", "a", buffering=1) as file:
+    while time.time() < end and not os.path.exists("/root/stop"):
+        run = client.create_run(experiment)
+        client.log_metric(run.info.run_id, "n", 1.0)
+        client.set_terminated(run.info.run_id)
+        file.write(run.info.run_id + "\\n")
+"""
+READER = """
+from mlflow.tracking import MlflowClient
+client = MlflowClient()
+ids = open("/root/acknowledged").read().split()
+lost = []
+for run_id in ids:
+    run = client.get_run(run_id)
+    if run.data.metrics.get("n") != 1.0 or run.info.status != "FINISHED":
+        lost.append(run_id)
+print(len(ids), len(lost))
+"""
+ARTIFACT = """
+import os
+import mlflow
+from mlflow.artifacts import download_artifacts
+os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+if not os.path.exists("/root/kept.bin"):
+    open("/root/kept.bin", "wb").write(os.urandom(5_000_000))
+    mlflow.set_experiment("kept")
+    with mlflow.start_run() as run:
+        mlflow.log_artifact("/root/kept.bin")
+    open("/root/kept.run", "w").write(run.info.run_id)
+back = download_artifacts(run_id=open("/root/kept.run").read(), artifact_path="kept.bin")
+print(open(back, "rb").read() == open("/root/kept.bin", "rb").read())
+"""
+
+
+@pytest.fixture
+def site(quickstart: tuple[Site, str]) -> Site:
+    """The quickstart's site."""
+    return quickstart[0]
+
+
+def test_it_says_what_it_did_and_how_to_log_in(quickstart: tuple[Site, str]) -> None:
+    """Phases with durations, the workload's steps, the URL, the user and where the password is."""
+    site, out = quickstart
+    steps = {json.loads(line)["step"]: json.loads(line) for line in map(str.strip, out.splitlines()) if line[:1] == "{"}
+    assert set(steps) == {"run logged", "model registered", "model loaded and used", "artifact up and down"}
+    assert steps["artifact up and down"]["sha256"] == "equal"
+    assert steps["model loaded and used"]["accuracy"] == steps["run logged"]["accuracy"] > 0.9
+    assert f"https://{site.name}" in out
+    environment = site.checkout / "client.env"
+    assert stat.S_IMODE(environment.stat().st_mode) == 0o600
+    assert not leaked(site.secrets(), out)
+
+
+def test_it_is_idempotent(site: Site) -> None:
+    """A second quickstart works on what is there, and takes little."""
+    began = time.monotonic()
+    out = site.command("scripts/quickstart")
+    print(f"repeated in {time.monotonic() - began:.0f} s")
+    assert '"version": "2"' in out
+
+
+def test_the_name_resolves_on_this_machine(site: Site) -> None:
+    """What the quickstart says of /etc/hosts is true, and the page answers here too."""
+    out = site.command(
+        "curl", "-sS", "--cacert", "ca.crt", "-o", "/dev/null", "-w", "%{http_code}", f"https://{site.name}"
+    )
+    assert out == "401"
+
+
+@pytest.mark.parametrize("more", [(), ("--check",), ("--check", "--diff")])
+def test_a_further_run_changes_nothing(site: Site, more: tuple[str, ...]) -> None:
+    """site.yml, dry or not, has nothing to do on the live host."""
+    assert site.changed(*more) == 0
+
+
+def test_only_ssh_and_the_gateway_answer(site: Site) -> None:
+    """Every TCP port of the host, by both families, as a client sees it."""
+    scan = """
+import asyncio, sys
+async def probe(host, port, gate):
+    async with gate:
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 5)
+            writer.close()
+            return port
+        except (OSError, asyncio.TimeoutError):
+            return None
+async def main():
+    for host in sys.argv[1:]:
+        gate = asyncio.Semaphore(400)
+        found = await asyncio.gather(*(probe(host, port, gate) for port in range(1, 65536)))
+        print(host, *[port for port in found if port])
+asyncio.run(main())
+"""
+    vm.write(site.client, "/root/scan.py", scan.encode())
+    addresses = vm.addresses(site.machine)
+    out = vm.execute(site.client, "python3", "/root/scan.py", *addresses)
+    assert out.splitlines() == [f"{address} 22 443" for address in addresses]
+
+
+@pytest.mark.parametrize(
+    ("path", "credentials", "status"),
+    [
+        ("/", "right", "200"),
+        ("/", "wrong", "401"),
+        ("/", "none", "401"),
+        ("/api/2.0/mlflow/experiments/search?max_results=1", "none", "401"),
+        ("/mlflow/", "none", "403"),
+        ("/mlflow/1/x", "right", "403"),
+        ("/mlflow/1/x?X-Amz-Signature=00", "none", "403"),
+    ],
+)
+def test_who_gets_in(site: Site, path: str, credentials: str, status: str) -> None:
+    """From the allowed client; the store refuses what is signed wrongly."""
+    password = {"right": site.secrets()["vault_gateway_password"], "wrong": "wrong", "none": ""}[credentials]
+    vm.write(site.client, "/root/netrc", f"machine {site.name} login mlflow password {password}\n".encode())
+    probe = f"""
+import requests, netrc, sys
+login = netrc.netrc("/root/netrc").authenticators("{site.name}")
+auth = (login[0], login[2]) if "{credentials}" != "none" else None
+session = requests.Session(); session.trust_env = False
+print(session.get("https://{site.name}{path}", auth=auth, verify="/root/ca-bundle.crt").status_code)
+"""
+    assert site.python(probe).strip() == status
+
+
+def places(site: Site) -> dict[str, str]:
+    """What an ordinary user, a log reader or a support bundle would see of the host."""
+    host = site.host(site.machine)
+    readable = "-xdev -type f -perm -o=r -size -20M -not -path '/opt/mlflow/*' -not -path '/usr/share/*'"
+    commands = {
+        "ps": "ps auxeww",
+        "proc": "cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n'",
+        "show": "systemctl show '*'",
+        "units": "cat /etc/systemd/system/* /etc/systemd/system/*/* /run/systemd/*/*.service 2>/dev/null",
+        "journal": "journalctl --no-pager -o export | tr -d '\\0'",
+        "files": f"find /etc /usr/local /run /var /srv /tmp /home {readable} -exec cat {{}} + 2>/dev/null",
+    }
+    return {name: host.run(command).stdout_bytes.decode(errors="replace") for name, command in commands.items()}
+
+
+def test_no_secret_shows(site: Site) -> None:
+    """Every secret of the vault is looked for in all of these, after a run that wrote them all at -vvv --diff."""
+    secrets = site.secrets()
+    assert len(secrets) > 8
+    host = site.host(site.machine)
+    host.check_output(
+        "rm -f /etc/mlflow/secrets.json /etc/mlflow/pgpass /etc/nginx/mlflow-kit/users /etc/swift/swift.conf"
+    )
+    out = site.playbook("site.yml", "-vvv", "--diff")
+    seen = {"ansible": out, **places(site)}
+    assert all(len(text) > 500 for text in seen.values())
+    assert {name: leaked(secrets, text) for name, text in seen.items() if leaked(secrets, text)} == {}
+
+
+def recovered(site: Site, seconds: int = 120) -> float:
+    """Wait until a client's run is logged through the gateway, and return how long it took."""
+    began = time.monotonic()
+    probe = (
+        "import mlflow; mlflow.set_experiment('probe'); mlflow.start_run(); mlflow.log_metric('m', 1); mlflow.end_run()"
+    )
+    while time.monotonic() - began < seconds:
+        out = site.python(probe + "; print('logged')", check=False)
+        if "logged" in out:
+            return time.monotonic() - began
+        time.sleep(1)
+    raise AssertionError(f"no run was logged within {seconds} s")
+
+
+@pytest.mark.parametrize(
+    "blow",
+    [
+        "kill -9 $(systemctl show -p MainPID --value mlflow@1)",
+        "systemctl kill -s KILL mlflow@1 mlflow@2",
+        "systemctl kill -s KILL postgresql@*-main",
+        "systemctl kill -s KILL swift-proxy swift-object swift-container swift-account",
+        "systemctl kill -s KILL nginx",
+        "reboot",
+    ],
+)
+def test_it_survives(site: Site, blow: str) -> None:
+    """Whatever dies under load comes back by itself, with every acknowledged run and artifact."""
+    assert site.python(ARTIFACT).strip() == "True"
+    host = site.host(site.machine)
+    vm.execute(site.client, "rm", "-f", "/root/stop")
+    vm.write(site.client, "/root/writer.py", WRITER.encode())
+    script = "set -a; . /root/client.env; set +a; exec /opt/client/bin/python -W ignore /root/writer.py"
+    vm.execute(site.client, "systemd-run", "--quiet", "--collect", "--unit=writer", "sh", "-c", script)
+    time.sleep(6)
+    if blow == "reboot":
+        vm.restart(site.machine)
+    else:
+        host.check_output(blow)
+    took = recovered(site)
+    time.sleep(2)
+    vm.execute(site.client, "touch", "/root/stop")
+    vm.execute(site.client, "sh", "-c", "while systemctl is-active -q writer; do sleep 0.2; done")
+    written, lost = map(int, site.python(READER).split())
+    print(f"{blow}: a run was logged again after {took:.1f} s; {written} acknowledged runs, {lost} lost")
+    assert written > 5
+    assert lost == 0
+    assert site.python(ARTIFACT).strip() == "True"
+    assert host.check_output("systemctl --failed --no-legend --plain") == ""
+
+
+def test_bad_input_changes_nothing(site: Site) -> None:
+    """All faults come in one list, each with what was found, what was expected and which variable to change."""
+    host = site.host(site.machine)
+    state = (
+        "find /etc /srv /opt/mlflow /var/lib/mlflow -newer /root/mark -not -type d | grep -v -e '^/srv/swift/' | head"
+    )
+    host.check_output("touch /root/mark")
+    bad = {
+        "site_name": "9 lives",
+        "site_password": "short",
+        "site_port": 5001,
+        "site_bucket": "Bad_Bucket",
+        "site_s3_endpoint": "http://127.0.0.1:9000",
+        "site_database_url": "mysql://u:secret-in-url@db/x",
+        "conda_env_root": "relative/path",
+        "site_allow": [{"cidr": "10.0.0.1/8", "description": "host bits"}],
+    }
+    out = site.playbook("site.yml", "-e", json.dumps(bad), check=False)
+    for variable in bad:
+        assert f"change {variable}" in out.replace("\n", " "), f"{variable} is not named:\n{out[-4000:]}"
+    assert "secret-in-url" not in out
+    assert host.check_output(state) == ""
+
+
+def test_down_removes_everything(site: Site) -> None:
+    """Nothing of the quickstart stays behind: machines, network, names, secrets."""
+    site.command("scripts/quickstart", "--down")
+    assert site.name not in pathlib.Path("/etc/hosts").read_text()
+    assert not vm.exists(site.machine) and not vm.exists(site.client)
+    left = [site.checkout / "client.env", site.checkout / "inventories/quickstart/group_vars/all/vault.yml"]
+    assert not [path for path in left if path.exists()]
