@@ -162,7 +162,9 @@ def test_what_another_hand_changed_is_put_right(host_of: HostOf) -> None:
     good = listing()
     vm.execute(VM, "nft", "insert rule inet mlflow_kit input tcp dport 5432 accept")
     assert answers(host_of(STRANGER), address(4), "5432") == ["5432"]
+    live = listing()
     assert changes(play(verb=("--check",)).stdout) == 1
+    assert listing() == live
     assert changes(play().stdout) == 1
     assert listing() == good
     vm.execute(VM, "nft", "flush ruleset")

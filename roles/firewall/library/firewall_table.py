@@ -60,6 +60,10 @@ options:
     description: Seconds until the timer takes the rules back.
     type: int
     default: 60
+  units:
+    description: Unit files that C(apply) installs, their texts by their paths within /etc/systemd/system.
+    type: dict
+    default: {}
   trial:
     description: What C(apply) returned as C(trial).
     type: str
@@ -76,6 +80,10 @@ trial:
   description: Name of the trial that is to be confirmed.
   type: str
   returned: when C(apply) changed the table
+units_changed:
+  description: Whether systemd must read its unit files again.
+  type: bool
+  returned: for C(apply)
 connection:
   description: The ssh connection that C(apply) came by; empty when it came by another way.
   type: dict
@@ -96,10 +104,8 @@ LISTING = pathlib.Path("/var/lib/mlflow-kit-firewall.nft")
 RUN = pathlib.Path("/run/mlflow-kit-firewall")
 TAKEN_BACK = RUN / "taken-back"
 UNIT = "mlflow-kit-firewall.service"
-UNIT_FILES = (
-    pathlib.Path("/etc/systemd/system") / UNIT,
-    pathlib.Path("/etc/systemd/system/nftables.service.d/mlflow-kit.conf"),
-)
+UNITS = pathlib.Path("/etc/systemd/system")
+UNIT_FILES = (UNITS / UNIT, UNITS / "nftables.service.d" / "mlflow-kit.conf")
 
 
 class FirewallError(Exception):
@@ -149,13 +155,14 @@ def read(path: pathlib.Path) -> str | None:
         return None
 
 
-def write(path: pathlib.Path, text: str) -> None:
-    """Replace the file `path`, for root to read alone."""
+def write(path: pathlib.Path, text: str, mode: int = 0o600) -> None:
+    """Replace the file `path`; unless `mode` says more, root alone may read it."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
+        os.fchmod(file.fileno(), mode)
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
@@ -284,12 +291,28 @@ def start(rules: str, seconds: int, before: str | None) -> str:
     return trial
 
 
+def install_units(units: Mapping[str, str], check: bool) -> list[dict[str, str]]:
+    """Bring the unit files up to date, unless it is a mere `check`, and return how they differed."""
+    differences = []
+    for name, text in units.items():
+        path, after = UNITS / name, text.rstrip() + "\n"
+        before = read(path)
+        if before != after:
+            header = str(path)
+            differences.append(
+                {"before": before or "", "after": after, "before_header": header, "after_header": header}
+            )
+            if not check:
+                write(path, after, 0o644)
+    return differences
+
+
 def apply(module: AnsibleModule) -> dict[str, Any]:
     """Phase apply. Raises FirewallError."""
     params = module.params
     rules = params["rules"].rstrip() + "\n"
     came = connection()
-    result: dict[str, Any] = {"changed": False, "connection": dataclasses.asdict(came) if came else {}}
+    result: dict[str, Any] = {"connection": dataclasses.asdict(came) if came else {}}
     if came and params["guard"] and (why := shut_out(came, params)):
         raise FirewallError(why)
     if pending():
@@ -305,14 +328,17 @@ def apply(module: AnsibleModule) -> dict[str, Any]:
             TAKEN_BACK.unlink(missing_ok=True)
     before, known = read(RULES), read(LISTING)
     now = live()
-    if before == rules and now is not None and now == known:
-        return result
-    if pathlib.Path(NFT).exists():
+    same = before == rules and now is not None and now == known
+    if not same and pathlib.Path(NFT).exists():
         call(NFT, "-c", "-f", "-", stdin=rules)
-    elif not module.check_mode:
+    elif not same and not module.check_mode:
         raise FirewallError(f"{NFT} is missing: found nothing, expected the package nftables; see firewall_packages.")
-    result["changed"] = True
-    result["diff"] = (
+    result["diff"] = install_units(params["units"], module.check_mode)
+    result["units_changed"] = bool(result["diff"])
+    result["changed"] = not same or result["units_changed"]
+    if same:
+        return result
+    result["diff"].append(
         {"before": before or "", "after": rules, "before_header": str(RULES), "after_header": str(RULES)}
         if before != rules
         else {"before": now or "", "after": known or rules, "before_header": "live", "after_header": "live"}
@@ -386,6 +412,7 @@ def main() -> None:
             "ssh_port": {"type": "int"},
             "internal": {"type": "list", "elements": "dict"},
             "rollback_seconds": {"type": "int", "default": 60},
+            "units": {"type": "dict", "default": {}},
             "trial": {"type": "str"},
             "connection": {"type": "dict"},
             **lists,
