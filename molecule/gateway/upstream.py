@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -13,8 +14,23 @@ class Mirror(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
+    def _stream(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for n in range(4):
+            line = f"data {n}\n".encode()
+            self.wfile.write(f"{len(line):x}\r\n".encode() + line + b"\r\n")
+            self.wfile.flush()
+            time.sleep(0.5)
+        self.wfile.write(b"0\r\n\r\n")
+
     def do_GET(self) -> None:
         """Read the body as it comes and describe the request."""
+        if self.path == "/stream":
+            self._stream()
+            return
         digest, size = hashlib.sha256(), 0
         left = int(self.headers.get("Content-Length") or 0)
         while left:

@@ -51,7 +51,7 @@ if not os.path.exists("/root/kept.bin"):
         mlflow.log_artifact("/root/kept.bin")
     open("/root/kept.run", "w").write(run.info.run_id)
 back = download_artifacts(run_id=open("/root/kept.run").read(), artifact_path="kept.bin")
-print(open(back, "rb").read() == open("/root/kept.bin", "rb").read())
+print(open(back, "rb").read() == open("/root/kept.bin", "rb").read(), end="")
 """
 
 
@@ -203,13 +203,14 @@ def recovered(site: Site, seconds: int = 120) -> float:
 )
 def test_it_survives(site: Site, blow: str) -> None:
     """Whatever dies under load comes back by itself, with every acknowledged run and artifact."""
-    assert site.python(ARTIFACT).strip() == "True"
+    assert site.python(ARTIFACT).endswith("True")
     host = site.host(site.machine)
-    vm.execute(site.client, "rm", "-f", "/root/stop")
+    vm.execute(site.client, "rm", "-f", "/root/stop", "/root/acknowledged")
     vm.write(site.client, "/root/writer.py", WRITER.encode())
     script = "set -a; . /root/client.env; set +a; exec /opt/client/bin/python -W ignore /root/writer.py"
     vm.execute(site.client, "systemd-run", "--quiet", "--collect", "--unit=writer", "sh", "-c", script)
-    time.sleep(6)
+    while int(vm.execute(site.client, "sh", "-c", "cat /root/acknowledged 2>/dev/null | wc -l")) < 3:
+        time.sleep(0.2)
     if blow == "reboot":
         vm.restart(site.machine)
     else:
@@ -220,9 +221,9 @@ def test_it_survives(site: Site, blow: str) -> None:
     vm.execute(site.client, "sh", "-c", "while systemctl is-active -q writer; do sleep 0.2; done")
     written, lost = map(int, site.python(READER).split())
     print(f"{blow}: a run was logged again after {took:.1f} s; {written} acknowledged runs, {lost} lost")
-    assert written > 5
+    assert written >= 5
     assert lost == 0
-    assert site.python(ARTIFACT).strip() == "True"
+    assert site.python(ARTIFACT).endswith("True")
     assert host.check_output("systemctl --failed --no-legend --plain") == ""
 
 

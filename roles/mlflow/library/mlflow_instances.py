@@ -24,6 +24,13 @@ options:
   count: {description: Number of instances., type: int, required: true}
   watch: {description: Files that an instance has read at its start., type: list, elements: path, default: []}
   python: {description: Path of the interpreter that an instance runs., type: path, required: true}
+  drain:
+    description: Command that takes an instance out of its gateway; is given C(drain) or C(rejoin), and HOST:PORT.
+    type: list
+    elements: str
+    default: []
+  address: {description: Address that the instances listen on., type: str, required: true}
+  port: {description: Port of the first instance., type: int, required: true}
   force: {description: Restart whatever the state., type: bool, default: false}
 author: [mlflow-kit]
 """
@@ -87,6 +94,13 @@ def stale(units: Units, instance: int, watch: typing.Sequence[str], python: str)
     return ""
 
 
+def tell(module: AnsibleModule, verb: str, instance: int) -> None:
+    """Tell the gateway that an instance goes or is back; the module ends when the gateway does not take it."""
+    p = module.params
+    if p["drain"] and pathlib.Path(p["drain"][0]).exists():
+        module.run_command([*p["drain"], verb, f"{p['address']}:{p['port'] + instance - 1}"], check_rc=True)
+
+
 def main() -> None:
     """Entry point of the module."""
     module = AnsibleModule(
@@ -96,6 +110,9 @@ def main() -> None:
             "watch": {"type": "list", "elements": "path", "default": []},
             "python": {"type": "path", "required": True},
             "force": {"type": "bool", "default": False},
+            "drain": {"type": "list", "elements": "str", "default": []},
+            "address": {"type": "str", "required": True},
+            "port": {"type": "int", "required": True},
         },
         supports_check_mode=True,
     )
@@ -127,8 +144,13 @@ def main() -> None:
         if why:
             done.append(f"{instance}: restarted, since {why}")
             if not module.check_mode:
+                if active:
+                    tell(module, "drain", instance)
                 units.systemctl("reset-failed", units.name(instance), check=False)
                 units.systemctl("restart", units.name(instance))
+        if not module.check_mode:
+            # Also what an interrupted run has left outside.
+            tell(module, "rejoin", instance)
     module.exit_json(changed=bool(done), done=done)
 
 
