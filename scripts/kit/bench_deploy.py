@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 from kit import vm
-from kit.bench_lab import CLIENT, GUIDE, KIT, Lab, Measurement, ended, medians, pinned, say
+from kit.bench_lab import CLIENT, GUIDE, KIT, Lab, Measurement, cpu_seconds, ended, medians, pinned, say
 
 PEER = "guide: apt, venv, pip, mlflow server in a plain unit"
 UNIT = """[Unit]
@@ -106,9 +106,11 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
                 deployed, logged, output = lab.deploy_kit()
                 kit.append(logged)
                 kit_phases.append({**role_seconds(output), "until_the_first_run": round(logged - deployed, 2)})
+                kit_phases[-1]["cpu_seconds"] = cpu_seconds(KIT)
             else:
                 lab.remove(KIT)
                 logged, phases = follow_guide(lab)
+                phases["cpu_seconds"] = cpu_seconds(GUIDE)
                 lab.remove(GUIDE)
                 peer.append(logged)
                 peer_phases.append(phases)

@@ -65,6 +65,11 @@ def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
     return {key: round(statistics.median(one[key] for one in rounds), 2) for key in rounds[0]} if rounds else {}
 
 
+def cpu_seconds(name: str) -> float:
+    """Processor time that the machine `name` has used since it was booted: steadier than the clock on a busy host."""
+    return round(int(vm.podman("stats", "--no-stream", "--format", "{{.CPUNano}}", name)) / 1e9, 1)
+
+
 def say(text: str) -> None:
     """Tell the person who waits; standard output is for measurements alone."""
     print(f"  {text}", file=sys.stderr, flush=True)
