@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
@@ -33,6 +34,8 @@ def main() -> None:
     names = list(BENCHES) if "all" in a.names else [name for name in BENCHES if name in a.names]
     if a.rounds < 1:
         parser.error(f"--rounds: found {a.rounds}, expected 1 or more")
+    # An end from outside is an end like any other: the machines go.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with Lab(a.suite).opened() as lab:
             for name in names:
