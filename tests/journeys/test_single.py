@@ -79,3 +79,21 @@ def test_a_real_model_goes_through(site: Site) -> None:
     quickstart.client_python(CLIENT)
     lines = quickstart.work(CLIENT, site.checkout)
     assert len(lines) == 4 and '"sha256": "equal"' in lines[-1], lines
+
+
+def test_mlflow_asks_for_credentials_where_that_is_chosen(site: Site) -> None:
+    """One variable hands the question over to MLflow's own users; the same client goes on working."""
+    chosen = ("-e", "site_authentication=mlflow")
+    assert site.changed(*chosen) > 0
+    assert site.changed(*chosen) == 0
+    lines = quickstart.work(CLIENT, site.checkout)
+    assert len(lines) == 4, lines
+    probe = """
+import os, requests
+session = requests.Session(); session.trust_env = False
+url = os.environ["MLFLOW_TRACKING_URI"] + "/api/2.0/mlflow/users/get?username=mlflow"
+login = (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"])
+for auth in (None, ("mlflow", "wrong"), login):
+    print(session.get(url, auth=auth, verify="/root/ca-bundle.crt").status_code, end=" ")
+"""
+    assert site.python(probe).split() == ["401", "401", "200"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import pathlib
 import subprocess
@@ -246,3 +247,38 @@ def test_two_migrations_at_once_are_one_after_the_other(host: Any) -> None:
     began = time.monotonic()
     host.check_output("systemctl start mlflow-migrate")
     assert time.monotonic() - began > 9
+
+
+def test_mlflow_can_ask_for_credentials_itself(host: Any, as_before: None) -> None:
+    """With its own users and permissions, in a database of their own, on both instances."""
+    password = "Scenario-admin-5Qm8vK"
+    settings = {
+        "mlflow_basic_auth": True,
+        "mlflow_basic_auth_database_uri": "postgresql+psycopg2://mlflow_a@127.0.0.1:5432/mlflow_auth?sslmode=disable",
+        "mlflow_basic_auth_admin_password": password,
+    }
+    converge("-e", json.dumps(settings))
+
+    def login(user: str, secret: str) -> str:
+        return "Authorization: Basic " + base64.b64encode(f"{user}:{secret}".encode()).decode()
+
+    admin, create = login("admin", password), "/api/2.0/mlflow/experiments/create"
+    for port in (5001, 5002):
+        assert api(host, "/health", port=port)[0] == 200
+        assert api(host, create, {"name": "x"}, port)[0] == 401
+        assert api(host, create, {"name": "x"}, port, login("admin", "wrong"))[0] == 401
+    status, made = api(host, create, {"name": f"owned {time.time()}"}, 5001, admin)
+    assert status == 200
+    reader = {"username": f"reader{int(time.time())}", "password": "Reader-password-71xQ"}
+    assert api(host, "/api/2.0/mlflow/users/create", reader, 5002, admin)[0] == 200
+    theirs = login(reader["username"], reader["password"])
+    name = {"experiment_id": made["experiment_id"], "new_name": f"taken {time.time()}"}
+    assert (
+        api(host, f"/api/2.0/mlflow/experiments/get?experiment_id={made['experiment_id']}", None, 5001, theirs)[0]
+        == 200
+    )
+    assert api(host, "/api/2.0/mlflow/experiments/update", name, 5001, theirs)[0] == 403
+    shown = host.check_output(
+        "ps auxeww; systemctl show 'mlflow@*'; journalctl --no-pager; cat /etc/mlflow/basic_auth.ini"
+    )
+    assert password not in shown

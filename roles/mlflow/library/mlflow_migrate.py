@@ -15,6 +15,7 @@ options:
   unit: {description: The oneshot unit that migrates., type: str, required: true}
   python: {description: Path of the interpreter that the unit runs., type: path, required: true}
   uri: {description: The database's URL without a password., type: str, required: true}
+  users_uri: {description: That of the database of users; empty for none., type: str, default: ""}
   stamp: {description: The file in which the unit remembers what it did., type: path, required: true}
 author: [mlflow-kit]
 """
@@ -27,13 +28,14 @@ def main() -> None:
             "unit": {"type": "str", "required": True},
             "python": {"type": "path", "required": True},
             "uri": {"type": "str", "required": True},
+            "users_uri": {"type": "str", "default": ""},
             "stamp": {"type": "path", "required": True},
         },
         supports_check_mode=True,
     )
     p = module.params
     prefix = pathlib.Path(p["python"]).parent.parent.resolve()
-    wanted = hashlib.sha256(f"{prefix} {p['uri']}".encode()).hexdigest()
+    wanted = hashlib.sha256(f"{prefix} {p['uri']} {p['users_uri']}".encode()).hexdigest()
     stamp = pathlib.Path(p["stamp"])
     if stamp.exists() and stamp.read_text().strip() == wanted:
         module.exit_json(changed=False)

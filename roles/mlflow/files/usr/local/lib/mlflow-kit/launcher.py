@@ -27,7 +27,7 @@ ELSEWHERE |= {"SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY"
 ELSEWHERE |= {"PGSSLROOTCERT", "PGSSLMODE", "PGAPPNAME", "PGCONNECT_TIMEOUT", "PGTARGETSESSIONATTRS"}
 ELSEWHERE |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
 # The launcher's own.
-OURS = {"MLFLOW_KIT_SHUTDOWN_SECONDS"}
+OURS = {"MLFLOW_KIT_SHUTDOWN_SECONDS", "MLFLOW_KIT_AUTH_DATABASE_URI"}
 # What the command line of the server hands to its workers: public name to the internal one.
 HANDED = {
     "MLFLOW_BACKEND_STORE_URI": "BACKEND_STORE_URI_ENV_VAR",
@@ -138,9 +138,15 @@ def migrate() -> None:
         lock.execute(sqlalchemy.text("SELECT pg_advisory_lock(hashtext('mlflow-kit'))"))
     log.info("migrating the schema to MLflow %s", mlflow.__version__)
     mlflow.cli.cli(["db", "upgrade", uri], standalone_mode=False)
+    users = os.environ.get("MLFLOW_KIT_AUTH_DATABASE_URI", "")
+    if users:
+        from mlflow.server import auth
+
+        log.info("migrating the database of users, and making the first of them")
+        auth.bootstrap_admin_user()
     if lock is not None:
         lock.close()
-    stamp = f"{pathlib.Path(sys.prefix).resolve()} {uri}"
+    stamp = f"{pathlib.Path(sys.prefix).resolve()} {uri} {users}"
     (pathlib.Path(os.environ["STATE_DIRECTORY"]) / "migrated").write_text(
         hashlib.sha256(stamp.encode()).hexdigest() + "\n"
     )
@@ -180,11 +186,19 @@ def serve(instance: int) -> None:
         queue = pathlib.Path(os.environ["STATE_DIRECTORY"]) / "jobs"
         queue.mkdir(exist_ok=True)
         handed["_MLFLOW_HUEY_STORAGE_PATH"] = str(queue)
+    # The migration has made the first user, under its lock.
+    handed["_MLFLOW_AUTH_ADMIN_BOOTSTRAPPED"] = "true"
     os.environ.update(handed)
 
     import uvicorn
     from mlflow.server import handlers
-    from mlflow.server.fastapi_app import app
+
+    if os.environ.get("MLFLOW_KIT_AUTH_DATABASE_URI"):
+        from mlflow.server.auth import create_app
+
+        app = create_app()
+    else:
+        from mlflow.server.fastapi_app import app
 
     stray = unread(os.environ)
     if stray:
