@@ -17,7 +17,8 @@ def quickstart() -> Iterator[tuple[Site, str]]:
     checkout = copy_of_checkout("quickstart")
     environment = {"KIT_PUBLIC_NAME": "journey.test"}
     site = Site(checkout, "inventories/quickstart", "", "", "journey.test", environment)
-    site.command("scripts/quickstart", "--down")
+    if not os.environ.get("KIT_KEEP"):
+        site.command("scripts/quickstart", "--down")
     out = site.command("scripts/quickstart")
     own = yaml.safe_load((checkout / "inventories/quickstart/group_vars/all/local.yml").read_text())
     site.machine = own["quickstart_machine"]

@@ -74,9 +74,13 @@ class Site:
 
 
 def copy_of_checkout(name: str) -> pathlib.Path:
-    """Copy what git would commit to a folder of its own, and return the folder."""
+    """Copy what git would commit to a folder of its own, and return the folder.
+
+    With KIT_KEEP in the environment an earlier copy, and with it the site that was made from it, is used again.
+    """
     target = vm.CACHE / "journeys" / name
-    shutil.rmtree(target, ignore_errors=True)
+    if not os.environ.get("KIT_KEEP"):
+        shutil.rmtree(target, ignore_errors=True)
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -88,6 +92,7 @@ def copy_of_checkout(name: str) -> pathlib.Path:
         source = ROOT / path
         if source.is_symlink() or source.exists():
             (target / path).parent.mkdir(parents=True, exist_ok=True)
+            (target / path).unlink(missing_ok=True)
             shutil.copy2(source, target / path, follow_symlinks=False)
     return target
 
