@@ -185,6 +185,7 @@ def start_writers(site: Site, count: int) -> None:
     vm.write(site.client, "/root/writer.py", WRITER.encode())
     script = "set -a; . /root/client.env; set +a; exec /opt/client/bin/python -W ignore /root/writer.py"
     for number in range(count):
+        vm.execute(site.client, "systemctl", "stop", f"writer-{number}", check=False)
         vm.execute(site.client, "systemctl", "reset-failed", f"writer-{number}", check=False)
         vm.execute(site.client, "systemd-run", "--quiet", "--collect", f"--unit=writer-{number}", "sh", "-c", script)
     deadline = time.monotonic() + 60
