@@ -28,7 +28,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 ALPHABET = string.ascii_letters + string.digits
 CA_DAYS = 3650
-LEAF_DAYS = 397  # what browsers accept at most
+LEAF_DAYS = 365  # browsers accept little more
 RENEW_DAYS = 45
 
 

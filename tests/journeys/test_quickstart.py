@@ -259,7 +259,7 @@ def test_it_survives(site: Site, blow: str) -> None:
     time.sleep(2)
     written, lost = stop_writers(site)
     print(f"{blow}: a run was logged again after {took:.1f} s; {written} acknowledged runs, {lost} lost")
-    assert written >= 5
+    assert written >= 3
     assert lost == 0
     assert site.python(ARTIFACT).endswith("True")
     assert host.check_output("systemctl --failed --no-legend --plain") == ""
