@@ -438,3 +438,61 @@ def test_changes_cost_those_who_stay_nothing_and_end_the_rest(
     print(f"{len(answered)} requests, {len(failed)} failed; who was removed was served {last - removed:.2f} s more")
     assert len(answered) > 500
     assert failed == []
+
+
+def test_without_tls_inside_a_private_network(host_of: HostOf) -> None:
+    """Plain port 80 keeps the list and the credentials."""
+    friend, gateway = host_of(FRIEND), host_of(GATEWAY)
+    try:
+        converge({"gateway_tls_mode": "none", "gateway_port": 80})
+        asked = "curl -s4 -o /dev/null -w '%{{http_code}}' {} http://gateway.test/"
+        login = f"-u {shlex.quote(ADA)}"
+        assert friend.check_output(asked.format(login)) == "200"
+        assert friend.check_output(asked.format("")) == "401"
+        assert host_of(STRANGER).check_output(asked.format(login)) == "403"
+        assert not gateway.socket("tcp://0.0.0.0:443").is_listening
+    finally:
+        converge({})
+
+
+# Speaks the PROXY protocol, as a load balancer does, for the client that it names; prints the status.
+SPEAK = """
+import base64, socket, ssl, sys
+source, login = sys.argv[1:]
+target = socket.getaddrinfo("gateway.test", 443, socket.AF_INET)[0][4]
+raw = socket.create_connection(target)
+raw.sendall(f"PROXY TCP4 {source} {target[0]} 40000 443\\r\\n".encode())
+secure = ssl.create_default_context(cafile="/root/ca.crt").wrap_socket(raw, server_hostname="gateway.test")
+word = base64.b64encode(login.encode()).decode()
+lines = ["GET / HTTP/1.1", "Host: gateway.test", f"Authorization: Basic {word}", "Connection: close", "", ""]
+secure.sendall("\\r\\n".join(lines).encode())
+print(secure.recv(100).split()[1].decode())
+"""
+
+
+def test_the_proxy_protocol_is_believed_from_the_trusted(host_of: HostOf) -> None:
+    """The client that the load balancer names counts; the same words of somebody else gain nothing."""
+    friend, stranger = vm.addresses(FRIEND)[0], vm.addresses(STRANGER)[0]
+    try:
+        converge({"gateway_proxy_protocol": True})
+        for name in (PROXY, STRANGER):
+            vm.write(name, "/root/speak.py", SPEAK.encode())
+
+        def say(client: str, source: str) -> str:
+            return str(host_of(client).check_output(f"python3 /root/speak.py {source} {shlex.quote(ADA)}"))
+
+        assert say(PROXY, friend) == "200"
+        assert say(PROXY, stranger) == "403"
+        assert say(STRANGER, friend) == "403"
+        # The machine itself, as its MLflow asks for S3.
+        ask = (
+            "import ssl, sys, urllib.error, urllib.request as u\n"
+            "context = ssl._create_unverified_context()\n"
+            "try: print(u.urlopen('https://gateway.test' + sys.argv[1], context=context).status)\n"
+            "except urllib.error.HTTPError as error: print(error.code)\n"
+        )
+        vm.write(GATEWAY, "/root/ask.py", ask.encode())
+        assert host_of(GATEWAY).check_output(f"python3 /root/ask.py {OBJECT}") == "403"
+        assert host_of(GATEWAY).check_output(f"python3 /root/ask.py '{OBJECT}?{SIGNED}'") == "200"
+    finally:
+        converge({})
