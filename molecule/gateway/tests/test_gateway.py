@@ -282,10 +282,11 @@ def test_wrong_passwords_are_limited_and_right_ones_are_not(host_of: HostOf) -> 
     guesses = "\n".join(command("/", "-u", f"ada:guess {n}") for n in range(25))
     got = friend.check_output(guesses).split()
     assert set(got) == {"401", "429"}
-    assert got[-1] == "429"
     assert [curl(friend, "/", "-u", who)[0] for who in (ADA, GRACE)] == ["200", "200"]
-    head = friend.check_output(command("/", "-u", "ada:once more", output="-D - -o /dev/null"))
-    assert "retry-after" in head.lower()
+    # The allowance grows back while a busy machine asks: guess until it is used up again.
+    heads = (friend.check_output(command("/", "-u", f"ada:more {n}", output="-D - -o /dev/null")) for n in range(40))
+    refused = next(head.lower() for head in heads if "429" in head.splitlines()[0])
+    assert "retry-after" in refused
 
 
 @pytest.mark.parametrize(
