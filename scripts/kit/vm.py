@@ -261,7 +261,7 @@ def _authorize(name: str) -> None:
         if not SSH_KEY.exists():
             _call(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", LABEL, "-f", str(SSH_KEY)])
     public = SSH_KEY.with_suffix(".pub").read_text()
-    script = f"install -d -m 700 /root/.ssh && echo '{public.strip()}' > /root/.ssh/authorized_keys"
+    script = f"install -d -m 700 ~root/.ssh && echo '{public.strip()}' > ~root/.ssh/authorized_keys"
     execute(name, "sh", "-c", script)
     write_ssh_config()
 

@@ -145,7 +145,7 @@ def test_another_distribution_is_refused(host: Any) -> None:
 
 
 def test_another_user_than_root_is_refused(host: Any) -> None:
-    host.check_output("useradd --create-home plain && cp -r /root/.ssh /home/plain/ && chown -R plain: /home/plain")
+    host.check_output("useradd --create-home plain && cp -r ~root/.ssh /home/plain/ && chown -R plain: /home/plain")
     try:
         code, said = preflight(ansible_user="plain")
     finally:
