@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
 import shutil
 import subprocess
+import time
 from typing import Any
 
 import testinfra
@@ -71,6 +73,55 @@ class Site:
         vm.write(self.client, "/root/snippet.py", source.encode())
         script = "set -a; . /root/client.env; set +a; exec /opt/client/bin/python -W ignore /root/snippet.py"
         return vm.execute(self.client, "sh", "-c", script, check=check)
+
+
+def start_load(site: Site, writers: int = 2, readers: int = 1) -> None:
+    """Let real MLflow clients work in the client's machine until stop_load; returns when they are under way."""
+    stop_load_unit(site)
+    source = (pathlib.Path(os.environ["KIT_ROOT"]) / "scripts/kit/load.py").read_bytes()
+    vm.write(site.client, "/root/load.py", source)
+    vm.execute(site.client, "sh", "-c", "rm -f /root/load.json /root/load.runs")
+    script = (
+        "set -a; . /root/client.env; set +a; exec /opt/client/bin/python -W ignore /root/load.py run "
+        f"--out /root/load.json --writers {writers} --readers {readers}"
+    )
+    vm.execute(
+        site.client,
+        *("systemd-run", "--quiet", "--unit=load", "--property=KillMode=mixed"),
+        *("--property=TimeoutStopSec=180", "sh", "-c", script),
+    )
+    deadline = time.monotonic() + 60
+    while load(site).get("runs", 0) < 3:
+        assert time.monotonic() < deadline, vm.execute(site.client, "journalctl", "-u", "load", "-n", "30", "-o", "cat")
+        time.sleep(0.3)
+
+
+def load(site: Site) -> dict[str, Any]:
+    """The load's figures so far, empty when it has not begun (see scripts/kit/load.py)."""
+    found: dict[str, Any] = json.loads(
+        vm.execute(site.client, "sh", "-c", "cat /root/load.json 2>/dev/null || echo {}")
+    )
+    return found
+
+
+def stop_load_unit(site: Site) -> None:
+    """End the load's unit, however it stands."""
+    vm.execute(site.client, "systemctl", "stop", "load", check=False)
+    vm.execute(site.client, "systemctl", "reset-failed", "load", check=False)
+
+
+def stop_load(site: Site) -> dict[str, Any]:
+    """Stop the load and return its figures, with `lost`: the acknowledged runs that are not there as written."""
+    stop_load_unit(site)
+    figures = load(site)
+    assert figures.get("ended"), f"the load did not end by itself: {figures}"
+    script = (
+        "set -a; . /root/client.env; set +a; "
+        "exec /opt/client/bin/python -W ignore /root/load.py check --out /root/load.json"
+    )
+    checked = json.loads(vm.execute(site.client, "sh", "-c", script).splitlines()[-1])
+    assert checked["runs"] == figures["runs"] > 0
+    return figures | {"lost": checked["lost"], "artifacts": checked["artifacts"]}
 
 
 def copy_of_checkout(name: str) -> pathlib.Path:
