@@ -256,12 +256,31 @@ def test_nothing_secret_is_logged(host_of: HostOf) -> None:
     gateway = host_of(GATEWAY)
     curl(host_of(FRIEND), "/seen?token=hidden", "-u", ADA)
     curl(host_of(FRIEND), "/seen-by-token", *CREDENTIALS["a token"])
-    journal = gateway.check_output("sleep 0.5; journalctl -t gateway -o cat --no-pager")
-    lines = [json.loads(line) for line in journal.splitlines() if line.startswith("{")]
+    log = gateway.check_output("sleep 1.5; cat /var/log/nginx/gateway.log")
+    lines = [json.loads(line) for line in log.splitlines()]
+    journal = log + gateway.check_output("journalctl -t gateway -o cat --no-pager")
     assert any(line["user"] == "ada" and line["path"] == "/seen" for line in lines)
     assert any(line["user"] == "nightly-training" and line["path"] == "/seen-by-token" for line in lines)
     for secret in ("correct horse", "0123456789abcdef", "hidden", "Signature", TOKEN, "Y29ycmVjdCBob3JzZ"):
         assert secret not in journal
+
+
+def test_the_log_is_rotated(host_of: HostOf) -> None:
+    """What comes after the distribution's rotation stands in a new file."""
+    gateway = host_of(GATEWAY)
+    curl(host_of(FRIEND), "/before", "-u", ADA)
+    gateway.check_output("sleep 1.5; logrotate -f /etc/logrotate.d/nginx")
+    curl(host_of(FRIEND), "/after", "-u", ADA)
+    paths = gateway.check_output("sleep 1.5; cat /var/log/nginx/gateway.log")
+    assert "/after" in paths and "/before" not in paths
+    assert "/before" in gateway.check_output("cat /var/log/nginx/gateway.log.1")
+
+
+def test_a_refusal_asks_once(host_of: HostOf) -> None:
+    """Whoever is not known gets one challenge, with or without a wrong credential."""
+    for credential in ((), ("-u", "ada:wrong"), ("-H", "Authorization: Bearer wrong")):
+        head = host_of(FRIEND).check_output(command("/", *credential, output="-D - -o /dev/null")).lower()
+        assert head.count("www-authenticate: basic") == 1, head
 
 
 def test_no_credential_stands_in_a_file(host_of: HostOf) -> None:
