@@ -7,6 +7,8 @@ import pathlib
 import re
 import time
 import typing
+import urllib.error
+import urllib.request
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -32,7 +34,18 @@ options:
   address: {description: Address that the instances listen on., type: str, required: true}
   port: {description: Port of the first instance., type: int, required: true}
   force: {description: Restart whatever the state., type: bool, default: false}
+  look: {description: "Only look: return how each instance is, and change nothing.", type: bool, default: false}
 author: [mlflow-kit]
+"""
+RETURN = r"""
+done: {description: "What was done, or would be, in words.", type: list, elements: str, returned: success}
+instances:
+  description: >-
+    With O(look), each instance: its number, whether it is C(active), C(since) (seconds since the epoch), memory in
+    bytes, health as an HTTP status with its time in ms, version, and why a restart is C(pending), if one is.
+  type: list
+  elements: dict
+  returned: when only looking
 """
 
 
@@ -94,6 +107,57 @@ def stale(units: Units, instance: int, watch: typing.Sequence[str], python: str)
     return ""
 
 
+def ask(url: str) -> tuple[int, str, float]:
+    """HTTP status (0: no answer), body and time in ms of `url`."""
+    began = time.monotonic()
+    try:
+        # Never by a proxy that the environment names.
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10) as answer:
+            status, body = answer.status, answer.read(200).decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        status, body = error.code, ""
+    except OSError:
+        status, body = 0, ""
+    return status, body, round((time.monotonic() - began) * 1000, 1)
+
+
+def memory(pid: int) -> int:
+    """What a process holds for itself and its share of what it shares, in bytes; 0 for one that is gone."""
+    try:
+        found = re.search(r"^Pss:\s+(\d+) kB", pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
+def look(module: AnsibleModule, units: Units) -> list[dict[str, typing.Any]]:
+    """How each instance is that there is or ought to be."""
+    p, known = module.params, units.known()
+    found = []
+    for instance in sorted(set(known) | set(range(1, p["count"] + 1))):
+        active = known.get(instance, (False, False))[1]
+        pid, began = units.started(instance) if active else (0, 0.0)
+        address = f"http://{p['address']}:{p['port'] + instance - 1}"
+        health, _, took = ask(f"{address}/health") if active else (0, "", 0.0)
+        pending = stale(units, instance, p["watch"], p["python"]) if active else ""
+        if instance > p["count"]:
+            pending = f"it is to stop, since there are to be {p['count']}"
+        version = ask(f"{address}/version")[1].strip() if active else ""
+        found.append(
+            {
+                "instance": instance,
+                "active": active,
+                "since": round(began),
+                "memory": memory(pid) if pid else 0,
+                "health": health,
+                "health_ms": took,
+                "version": version,
+                "pending": pending,
+            }
+        )
+    return found
+
+
 def tell(module: AnsibleModule, verb: str, instance: int) -> None:
     """Tell the gateway that an instance goes or is back; the module ends when the gateway does not take it."""
     p = module.params
@@ -110,6 +174,7 @@ def main() -> None:
             "watch": {"type": "list", "elements": "path", "default": []},
             "python": {"type": "path", "required": True},
             "force": {"type": "bool", "default": False},
+            "look": {"type": "bool", "default": False},
             "drain": {"type": "list", "elements": "str", "default": []},
             "address": {"type": "str", "required": True},
             "port": {"type": "int", "required": True},
@@ -118,6 +183,8 @@ def main() -> None:
     )
     p = module.params
     units = Units(module, p["unit"])
+    if p["look"]:
+        module.exit_json(changed=False, done=[], instances=look(module, units))
     known = units.known()
     done: list[str] = []
     if not module.check_mode and "yes" in units.systemctl("show", "-p", "NeedDaemonReload", units.name(1)):
