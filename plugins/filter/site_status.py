@@ -217,9 +217,30 @@ def site_table(status: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def site_cleanup(report: Mapping[str, Any]) -> list[str]:
+    """Return what a cleanup (see cleanup.py of the role mlflow) has found or done, as lines to read."""
+    verb = {"show": "Would delete for good", "delete": "Deleted for good"}[report["mode"]]
+    counts = ", ".join(f"{len(report[kind])} {kind}" for kind in ("runs", "models", "experiments"))
+    head = f"{verb}, of what was deleted {report['days']:g} days ago or earlier: {counts}; "
+    head += (
+        f"{report['objects']} objects and {report['uploads']['uploads']} unfinished uploads, {_size(report['bytes'])}"
+    )
+    lines = [head]
+    lines += [f"{kind[:-1]} {name}" for kind in ("runs", "models", "experiments") for name in report[kind][:20]]
+    lines += [f"kept {name}: {why}" for name, why in sorted(report["kept"].items())[:20]]
+    if report["mode"] == "show" and (report["runs"] or report["models"] or report["uploads"]["uploads"]):
+        lines.append("To do it: -e gc_delete=true")
+    return lines
+
+
 class FilterModule:
     """The filters."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Name to function."""
-        return {"site_host": site_host, "site_status": site_status, "site_table": site_table}
+        return {
+            "site_host": site_host,
+            "site_status": site_status,
+            "site_table": site_table,
+            "site_cleanup": site_cleanup,
+        }

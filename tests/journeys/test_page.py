@@ -271,6 +271,20 @@ def test_another_origin_may_not_frame_it(site: Site, window: Window, portal: tup
     assert [frame.url for frame in window.page.frames] == [portal[0], "chrome-error://chromewebdata/"]
 
 
+def test_an_origin_that_is_named_may_frame_it(site: Site, window: Window, portal: tuple[str, pathlib.Path]) -> None:
+    """One variable lets the portal show the page, with what its visitor may see."""
+    chosen = {"gateway_frame_ancestors": [portal[0].rstrip("/")]}
+    site.playbook("playbooks/gateway.yml", "-e", json.dumps(chosen))
+    try:
+        window.page.goto("/")
+        window.page.get_by_role("link", name="Experiments").first.wait_for()
+        window.page.goto(portal[0])
+        window.page.frame_locator("iframe").get_by_role("link", name="Experiments").first.wait_for()
+        window.keep("framed-by-a-named-portal")
+    finally:
+        site.playbook("playbooks/gateway.yml")
+
+
 def test_another_origin_may_not_write(site: Site, window: Window, portal: tuple[str, pathlib.Path]) -> None:
     """A page elsewhere sends a write with the login of its visitor: the server knows it, and refuses for its origin."""
     target = f"https://{site.name}/ajax-api/2.0/mlflow/experiments/create"
