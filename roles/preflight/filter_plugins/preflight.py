@@ -6,6 +6,7 @@ ever in one: of a password its length and classes are told, of a URL everything 
 
 from __future__ import annotations
 
+import datetime
 import ipaddress
 import re
 import socket
@@ -13,6 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypedDict
 from urllib.parse import SplitResult, parse_qsl, urlsplit
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
 
 INSTANCE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
@@ -370,6 +375,59 @@ def allow(inventory: Inventory) -> Iterator[Fault]:
             yield inventory.fault(subject, shown(cidr), expected, "allow")
 
 
+def certificate(inventory: Inventory) -> Iterator[Fault]:
+    """Check a certificate that the site was given: that it is one, belongs to its key, is in time, and has the name."""
+    given = inventory.mapping("certificate")
+    if not given:
+        return
+    pem, key, name = (str(given.get(part) or "") for part in ("certificate", "private_key", "name"))
+    variables = [str(given.get(f"{part}_variable")) for part in ("certificate", "private_key")]
+    try:
+        leaf = x509.load_pem_x509_certificate(pem.encode())
+    except ValueError:
+        found = f"{len(pem)} characters that are no certificate in PEM" if pem else "nothing"
+        expected = "the server's certificate in PEM, then those between it and its authority"
+        yield Fault(subject="certificate", found=found, expected=expected, variable=variables[0])
+        return
+    now = datetime.datetime.now(datetime.UTC)
+    if not leaf.not_valid_before_utc <= now < leaf.not_valid_after_utc:
+        times = [f"{time:%Y-%m-%d %H:%M}" for time in (leaf.not_valid_before_utc, leaf.not_valid_after_utc)]
+        found = f"one valid from {times[0]} to {times[1]} UTC"
+        yield Fault(subject="certificate", found=found, expected="one that is valid now", variable=variables[0])
+    if not any(covers(known, name) for known in names_of(leaf)):
+        found = f"one for {', '.join(names_of(leaf)) or 'no name at all'}"
+        yield Fault(subject="certificate", found=found, expected=f"one for {name}", variable=variables[0])
+    try:
+        loaded = serialization.load_pem_private_key(key.encode(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        found = "text that is no private key in PEM, or one with a passphrase" if key else "nothing"
+        expected = "the certificate's private key in PEM, without a passphrase"
+        yield Fault(subject="private key", found=found, expected=expected, variable=variables[1])
+        return
+    if loaded.public_key() != leaf.public_key():
+        yield Fault(
+            subject="private key",
+            found="one that the certificate was not made for",
+            expected="the certificate's own",
+            variable=" or ".join(variables),
+        )
+
+
+def names_of(leaf: x509.Certificate) -> list[str]:
+    """The names and addresses that a certificate is for."""
+    try:
+        found = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [str(name.value) for name in found]
+
+
+def covers(known: str, name: str) -> bool:
+    """Whether a certificate's name stands for `name`: the same, or a wildcard in place of its first label."""
+    known, name = known.lower(), name.lower().rstrip(".")
+    return known == name or (known.startswith("*.") and known[2:] == name.partition(".")[2])
+
+
 CHECKS: tuple[Callable[[Inventory], Iterator[Fault]], ...] = (
     instance_name,
     public_name,
@@ -381,6 +439,7 @@ CHECKS: tuple[Callable[[Inventory], Iterator[Fault]], ...] = (
     bucket,
     database_connections,
     allow,
+    certificate,
 )
 
 

@@ -50,7 +50,7 @@ def environment(p: dict[str, typing.Any], folder: pathlib.Path) -> None:
         (folder / "ca.crt").write_text(p["ca_certificate"])
         os.environ["MLFLOW_TRACKING_SERVER_CERT_PATH"] = os.environ["REQUESTS_CA_BUNDLE"] = str(folder / "ca.crt")
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(p["timeout"])
-    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "5"
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "3"
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
