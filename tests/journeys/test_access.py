@@ -28,7 +28,7 @@ try:
     mlflow.log_artifact("/root/small.txt", run_id=run.info.run_id)
     print("in")
 except mlflow.exceptions.MlflowException as error:
-    print("out", str(error)[:200])
+    print("out", " ".join(str(error).split())[:200])
 """
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
 
 import pytest
-from journey import Site
+from journey import ROOT, Site
 
 pytestmark = pytest.mark.xdist_group("quickstart")
 LOG = """
@@ -163,3 +164,19 @@ def test_a_cleanup_asks_for_a_backup_that_is_newer(site: Site) -> None:
     finally:
         site.playbook("playbooks/mlflow.yml", "--tags", "mlflow")
     assert report["kept"][run] == "no backup is newer than its deletion"
+
+
+VERBS = sorted(path.name for path in (ROOT / "playbooks").glob("*.yml"))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_with_a_wrong_vault_password_nothing_begins(site: Site, tmp_path: pathlib.Path, verb: str) -> None:
+    """Whatever the verb: it says that the vault does not open, and no task has run."""
+    wrong = tmp_path / "wrong"
+    wrong.write_text("not this one")
+    other = dataclasses.replace(
+        site, environment={**site.environment, "MLFLOW_KIT_VAULT_PASSWORD_FILE": str(wrong), "ANSIBLE_NOCOLOR": "1"}
+    )
+    out = other.playbook(f"playbooks/{verb}", check=False)
+    assert "Decryption failed" in out
+    assert "changed:" not in out
