@@ -77,12 +77,10 @@ def locked(options: argparse.Namespace, settings: Settings) -> None:
         verbs.take(settings, options.bucket)
     elif options.verb == "drill":
         verbs.drill(settings)
-    elif options.verb == "begin-restore":
+    elif options.verb == "restore":
         verbs.check_restore(settings, options.time, options.confirm, options.timeline)
         verbs.begin_restore(settings, options.time, not options.no_save)
-    elif options.verb == "restore-database":
         verbs.restore_database(settings, options.time, options.timeline)
-    elif options.verb == "restore-bucket":
         verbs.restore_bucket(settings, options.time)
     elif options.verb == "end-restore":
         print(json.dumps(verbs.end_restore(settings)))
@@ -100,8 +98,11 @@ def main() -> None:
     takes = sub.add_parser("take", help="take a backup in the foreground")
     takes.add_argument("--bucket", action="store_true", help="of the bucket alone")
     sub.add_parser("drill", help="restore into a scratch place and compare, in the foreground")
-    for name in ("check-restore", "begin-restore", "restore-database", "restore-bucket"):
-        step = sub.add_parser(name, help="a step of playbooks/restore.yml")
+    for name, words in (
+        ("check-restore", "see that a restore can work, and change nothing"),
+        ("restore", "save what is there, then restore database and bucket (playbooks/restore.yml does this)"),
+    ):
+        step = sub.add_parser(name, help=words)
         step.add_argument("--time", default="")
         step.add_argument("--timeline", default="")
         step.add_argument("--confirm", default="")

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import pathlib
+import pwd
 import shutil
 import subprocess
 import time
@@ -65,7 +66,10 @@ def call(
     """Run `argv` (as `user`, with a clean environment) and return what it gave; never raises for its exit code."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
     env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/nonexistent", "TZ": "UTC"}
-    rights: dict[str, Any] = {"user": user, "group": user, "extra_groups": []} if user else {}
+    rights: dict[str, Any] = {}
+    if user:
+        held = pwd.getpwnam(user)
+        rights = {"user": user, "group": held.pw_gid, "extra_groups": os.getgrouplist(user, held.pw_gid)}
     return subprocess.run(
         argv,
         input=data,

@@ -227,9 +227,8 @@ class Database:
         log.unlink(missing_ok=True)
         call(["install", "-m", "0600", "-o", "postgres", "-g", "postgres", "/dev/null", str(log)])
         options = f"-c config_file={config} -c listen_addresses= -c unix_socket_directories={socket} -p {self.port}"
-        options += " -c logging_collector=off -c log_destination=stderr -c hot_standby=off"
+        options += " -c ssl=off -c logging_collector=off -c log_destination=stderr -c hot_standby=off"
         control = [str(self.bin / "pg_ctl"), "-D", str(data), "-s"]
-        # A recovery takes as long as the log is: a server that gives up ends by itself, and pg_ctl tells so.
         started = call(
             [*control, "-w", "-t", "86400", "-l", str(log), "-o", options, "start"],
             user="postgres",
@@ -237,7 +236,11 @@ class Database:
         try:
             if started.returncode:
                 raise NotRecovered(log.read_text(errors="replace")[-3000:] or last(started))
-            while self.sql("SELECT pg_is_in_recovery();", socket=str(socket)) != "f":
+            # It takes no questions before its end. A server that gives up ends by itself.
+            ask = self.psql("postgres", str(socket))
+            while call(ask, stdin="SELECT pg_is_in_recovery();", user="postgres").stdout.strip() != b"f":
+                if call([*control, "status"], user="postgres").returncode:
+                    raise NotRecovered(log.read_text(errors="replace")[-3000:])
                 time.sleep(0.2)
             yield str(socket)
         finally:
