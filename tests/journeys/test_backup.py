@@ -17,8 +17,8 @@ from journey import Site, copy_of_checkout
 from kit import channel, quickstart, vm
 
 pytestmark = pytest.mark.xdist_group("backup")
-MACHINE, CLIENT, NETWORK, NAME = "kit-backup-vm", "kit-backup-client", "kit-backup", "backup.test"
-TARGET, PLACE = "kit-backup-target", "/var/backups/mlflow-kit"
+MACHINE, CLIENT, NETWORK, NAME = "kit-restore-vm", "kit-restore-client", "kit-restore", "restore.test"
+TARGET, PLACE = "kit-restore-target", "/var/backups/mlflow-kit"
 SUITE = "trixie"
 PYTHON = "3.13"
 VAULT = "inventories/prod/group_vars/all/vault.yml"
@@ -137,7 +137,7 @@ def site() -> Iterator[Site]:
     if not os.environ.get("KIT_KEEP"):
         vm.down([MACHINE, CLIENT], [NETWORK])
         vm.podman("volume", "rm", "--force", TARGET)
-    checkout = copy_of_checkout("backup")
+    checkout = copy_of_checkout("restore")
     link = checkout / ".venv"
     if not link.is_symlink():
         link.symlink_to(pathlib.Path(os.environ["KIT_ROOT"]) / ".venv")

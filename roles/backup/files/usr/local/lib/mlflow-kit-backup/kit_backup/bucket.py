@@ -356,7 +356,7 @@ def restore(settings: Settings, moment: float | None) -> Restored:
     catalog = Catalog(settings)
     catalog.settle()
     wanted = catalog.at(moment)
-    found = listing(settings, remote, hashes=True)
+    found = _hashed(settings, remote, wanted)
     lacking = {p: v for p, v in wanted.items() if not (p in found and v.md5 and found[p].md5 == v.md5)}
     surplus = [p for p in found if p not in wanted]
     done = Restored(len(wanted), sum(v.size for v in wanted.values()), len(lacking), len(surplus))
@@ -373,12 +373,18 @@ def restore(settings: Settings, moment: float | None) -> Restored:
     return done
 
 
-def _compare(settings: Settings, remote: str, wanted: dict[str, Version]) -> None:
-    """See that the bucket is what was wanted, object for object. Raises Failed."""
+def _hashed(settings: Settings, remote: str, wanted: dict[str, Version]) -> dict[str, Version]:
+    """What lies in `remote`, with the MD5 of all that may be what is wanted, if need be by reading it."""
     found = listing(settings, remote, hashes=True)
-    unknown = [p for p, v in found.items() if not v.md5]
+    unknown = [p for p, v in found.items() if not v.md5 and p in wanted and wanted[p].size == v.size]
     for path, md5 in md5_by_reading(settings, remote, unknown).items():
         found[path].md5 = md5
+    return found
+
+
+def _compare(settings: Settings, remote: str, wanted: dict[str, Version]) -> None:
+    """See that the bucket is what was wanted, object for object. Raises Failed."""
+    found = _hashed(settings, remote, wanted)
     wrong = [p for p in wanted if p not in found] + [p for p in found if p not in wanted]
     wrong += [p for p, v in wanted.items() if p in found and v.md5 and found[p].md5 != v.md5]
     if wrong:
