@@ -114,7 +114,7 @@ def counts(state: State) -> dict[str, int]:
 def now(site: Site) -> str:
     """The machine's time, as restore_time takes it, with a second of silence on both sides."""
     time.sleep(1.1)
-    text: str = site.host(MACHINE).check_output("date -u '+%Y-%m-%d %H:%M:%S+00'")
+    text: str = site.host(MACHINE).check_output("date -u +%Y-%m-%dT%H:%M:%SZ")
     time.sleep(1.1)
     return text
 
@@ -235,12 +235,12 @@ def test_restore_to_a_time_loses_exactly_what_came_after(site: Site, moments: di
     [
         ({"restore_time": "yesterday"}, "restore_time: found «yesterday», expected a time with its zone"),
         (
-            {"restore_time": "2020-01-01 00:00:00+00"},
-            "restore_time: found 2020-01-01 00:00:00+00, expected a time from",
+            {"restore_time": "2020-01-01T00:00:00Z"},
+            "restore_time: found 2020-01-01T00:00:00Z, expected a time from",
         ),
         (
-            {"restore_time": "2090-01-01 00:00:00+00"},
-            "restore_time: found 2090-01-01 00:00:00+00, expected a time from",
+            {"restore_time": "2090-01-01T00:00:00Z"},
+            "restore_time: found 2090-01-01T00:00:00Z, expected a time from",
         ),
         ({"restore_confirm": "another"}, "this host holds data"),
     ],

@@ -88,7 +88,7 @@ def objects(host: Any) -> dict[str, str]:
 def now(host: Any) -> str:
     """The machine's time, with a second of silence on both sides."""
     time.sleep(1.1)
-    text: str = host.check_output("date -u '+%Y-%m-%d %H:%M:%S+00'")
+    text: str = host.check_output("date -u +%Y-%m-%dT%H:%M:%SZ")
     time.sleep(1.1)
     return text
 

@@ -34,6 +34,11 @@ def run(kind: str) -> None:
             state.get("error", "").partition(". Next: ")[2] or f"journalctl -u {unit}",
         )
     print(f"{kind}: ok, in {state['duration_s']} s; {state['target']}")
+    if state.get("local"):
+        print(
+            f"WARNING: {state['target']} lies on the disk of this host and is lost with it. It is a backup once it is "
+            "mounted from elsewhere, or backup_s3_bucket names another S3 (docs/backup.md)"
+        )
 
 
 def show(settings: Settings) -> None:

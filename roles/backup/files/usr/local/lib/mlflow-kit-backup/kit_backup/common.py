@@ -40,7 +40,7 @@ def iso(moment: datetime.datetime | float) -> str:
     """`moment` (a datetime, or seconds since 1970) as people and `restore_time` write it, in UTC."""
     if isinstance(moment, int | float):
         moment = datetime.datetime.fromtimestamp(moment, datetime.UTC)
-    return moment.astimezone(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S+00")
+    return moment.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def seconds(text: str) -> float:

@@ -285,8 +285,8 @@ def moment_of(text: str) -> float | None:
         moment = seconds(text)
     except ValueError:
         raise Failed(
-            f"restore_time: found «{text}», expected a time with its zone such as '{iso(now())}'",
-            "change restore_time",
+            f"restore_time: found «{text}», expected a time with its zone such as {iso(now())}",
+            "change restore_time; a blank between date and time would end the value",
         ) from None
     return moment
 
@@ -431,7 +431,7 @@ def restore_database(settings: Settings, text: str, timeline: str) -> None:
     moment, began = moment_of(text), time.monotonic()
     database.stopped()
     line = [f"--target-timeline={timeline}"] if timeline else []
-    target = [] if moment is None else ["--type=time", f"--target={iso(moment)}", "--target-action=promote"]
+    target = [] if moment is None else ["--type=time", f"--target={_for_postgresql(moment)}", "--target-action=promote"]
     try:
         _recover(database, [*target, *line])
     except NotRecovered as error:
@@ -446,6 +446,11 @@ def restore_database(settings: Settings, text: str, timeline: str) -> None:
     if owner := settings.owner():
         replace(STATE / "backup.owner", owner + "\n", 0o600)
     print(f"database: restored in {time.monotonic() - began:.1f} s", flush=True)
+
+
+def _for_postgresql(moment: float) -> str:
+    """`moment` (seconds since 1970) as PostgreSQL reads it."""
+    return iso(moment).replace("T", " ").replace("Z", "+00")
 
 
 def _recover(database: Database, argv: list[str]) -> None:
