@@ -178,7 +178,24 @@ FULL = "give the target space, see that it is mounted writable, and start this a
 
 def catalogs(settings: Settings) -> list[str]:
     """The IDs of the catalogs, oldest first. Raises Failed."""
+    check_key(settings)
     return names(settings, "catalog", ".gz")
+
+
+def check_key(settings: Settings) -> None:
+    """See that the copy is encrypted with this host's secrets, before anything is added to it. Raises Failed."""
+    if settings.key_checked:
+        return
+    raw = settings.rclone("lsf", f"target:{settings.base}/objects")
+    read = settings.rclone("lsf", "copy:")
+    # rclone leaves out the names that it cannot decrypt, and ends well.
+    if len(read.stdout.split()) < len(raw.stdout.split()):
+        raise Failed(
+            f"{settings.target_words} was encrypted with other secrets than vault_backup_bucket_key and "
+            "vault_backup_bucket_salt of this vault",
+            "bring back the vault that wrote it: it lies in the target's folder site/ (docs/restore.md)",
+        )
+    settings.key_checked = True
 
 
 def names(settings: Settings, folder: str, suffix: str) -> list[str]:
@@ -187,13 +204,6 @@ def names(settings: Settings, folder: str, suffix: str) -> list[str]:
     if done.returncode and b"directory not found" not in done.stderr:
         raise Failed(f"{settings.target_words} cannot be read: {last(done)}", TARGET)
     found = sorted(line.removesuffix(suffix) for line in done.stdout.decode().split() if line.endswith(suffix))
-    # rclone leaves out the names that it cannot decrypt, and ends well.
-    if not found and b"kipping" in done.stderr:
-        raise Failed(
-            f"{settings.target_words} was encrypted with other secrets than vault_backup_bucket_key and "
-            "vault_backup_bucket_salt of this vault",
-            "bring back the vault that wrote it: it lies in the target's folder site/ (docs/restore.md)",
-        )
     return found
 
 

@@ -19,6 +19,7 @@ SETTINGS = pathlib.Path("/etc/mlflow-kit-backup/settings.json")
 SITE_FILES = pathlib.Path("/etc/mlflow-kit-backup/site")
 STATE = pathlib.Path("/var/lib/mlflow-kit")
 RUN = pathlib.Path("/run/mlflow-kit-backup")
+LOCKS: list[int] = []  # file descriptors of the lock, while it is held
 ID = "%Y%m%dT%H%M%SZ"
 
 
@@ -62,8 +63,12 @@ def call(
     stdin: str | bytes | None = None,
     user: str | None = None,
     environment: Mapping[str, str] | None = None,
+    keeps_lock: bool = True,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run `argv` (as `user`, with a clean environment) and return what it gave; never raises for its exit code."""
+    """Run `argv` (as `user`, with a clean environment) and return what it gave; never raises for its exit code.
+
+    It holds this program's lock as well (`keeps_lock`): where the program is killed, nobody begins beside what it left.
+    """
     data = stdin.encode() if isinstance(stdin, str) else stdin
     env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/nonexistent", "TZ": "UTC"}
     rights: dict[str, Any] = {}
@@ -78,6 +83,7 @@ def call(
         env={**env, **(environment or {})},
         cwd="/",
         check=False,
+        pass_fds=tuple(LOCKS) if keeps_lock else (),
         **rights,
     )
 
@@ -121,6 +127,7 @@ def alone(wait: float) -> Iterator[bool]:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                LOCKS.append(file.fileno())
                 break
             except BlockingIOError:
                 if time.monotonic() >= end:
@@ -136,6 +143,7 @@ class Settings:
     Attributes:
         held: the settings file as it is.
         directory: the target, where it is a directory.
+        key_checked: whether the secrets have been seen to be those that the copy was encrypted with.
     """
 
     def __init__(self, path: pathlib.Path = SETTINGS) -> None:
@@ -147,6 +155,7 @@ class Settings:
         target = self.held["target"]
         self.directory = pathlib.Path(target["directory"]) if not target["bucket"] else None
         self.base = str(self.directory) if self.directory else f"{target['bucket']}/{target['prefix']}".rstrip("/")
+        self.key_checked = False
         self.database: dict[str, Any] = self.held["database"]
         self.bucket: dict[str, Any] = self.held["bucket"]
 

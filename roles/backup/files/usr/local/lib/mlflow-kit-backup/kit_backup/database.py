@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pathlib
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,6 +53,13 @@ class Database:
     def pgbackrest(self, *argv: str) -> subprocess.CompletedProcess[bytes]:
         """Run pgBackRest as postgres."""
         return call(["pgbackrest", f"--stanza={self.stanza}", *argv], user="postgres")
+
+    def complaint(self, done: subprocess.CompletedProcess[bytes]) -> str:
+        """What pgBackRest complained about, and what the target has free: it does not always tell that it is full."""
+        text = re.sub(r"(?m)^[-0-9]+ [:.0-9]+ P\d+ +", "", (done.stdout + done.stderr).decode(errors="replace"))
+        words = re.sub(r"\s+", " ", text).strip()[-700:]
+        free = f" ({megabytes(self.settings.free()[0])} are free in {self.settings.base})"
+        return words + (free if self.settings.directory else "")
 
     def info(self) -> dict[str, Any]:
         """What pgBackRest's repository holds: its own description of the stanza. Raises Failed."""
@@ -108,8 +115,7 @@ class Database:
         """See that a log segment reaches the repository. Raises Failed."""
         done = self.pgbackrest("check", "--log-level-console=error")
         if done.returncode:
-            text = (done.stdout + done.stderr).decode(errors="replace").strip()
-            raise Failed(f"PostgreSQL's log does not reach the backups: {text[-600:]}", ARCHIVE)
+            raise Failed(f"PostgreSQL's log does not reach the backups: {self.complaint(done)}", ARCHIVE)
 
     def backup(self, full_days: int) -> dict[str, Any]:
         """Take a full backup, or what changed since one that is younger than `full_days`. Raises Failed."""
@@ -117,8 +123,7 @@ class Database:
         young = bool(fulls) and now().timestamp() - max(fulls) < full_days * 86400 - 3600
         done = self.pgbackrest("backup", f"--type={'diff' if young else 'full'}", "--log-level-console=error")
         if done.returncode:
-            text = (done.stdout + done.stderr).decode(errors="replace").strip()
-            raise Failed(f"pgBackRest could not take the backup: {text[-600:]}", ARCHIVE)
+            raise Failed(f"pgBackRest could not take the backup: {self.complaint(done)}", ARCHIVE)
         return self.backups()[-1]
 
     def archived(self, seconds: float = 120) -> None:
@@ -195,9 +200,8 @@ class Database:
         """Restore a backup into `data` by pgBackRest's restore with `argv`. Raises Failed."""
         done = self.pgbackrest(f"--pg1-path={data}", "restore", "--log-level-console=error", *argv)
         if done.returncode:
-            text = (done.stdout + done.stderr).decode(errors="replace").strip()
             raise Failed(
-                f"pgBackRest could not restore: {text[-800:]}",
+                f"pgBackRest could not restore: {self.complaint(done)}",
                 "if the disk is full, give it space; a checksum error means a damaged backup: choose another time; "
                 "then run the same command again",
             )
@@ -207,13 +211,21 @@ class Database:
         done = call(["systemctl", "stop", self.unit])
         if done.returncode:
             raise Failed(f"PostgreSQL did not stop: {last(done)}", f"systemctl status {self.unit}")
-        pid = self.data / "postmaster.pid"
-        with contextlib.suppress(FileNotFoundError, ValueError, IndexError, ProcessLookupError):
+        self.end(self.data)
+
+    def end(self, data: pathlib.Path) -> None:
+        """End a server that a killed run has left in `data`, and take away what a killed server has left. Raises Failed."""
+        pid = data / "postmaster.pid"
+        try:
             number = int(pid.read_text().split()[0])
-            os.kill(number, 0)
-            if "postgres" in pathlib.Path(f"/proc/{number}/comm").read_text():
+            alive = "postgres" in pathlib.Path(f"/proc/{number}/comm").read_text()
+        except (FileNotFoundError, ValueError, IndexError):
+            alive = False
+        if alive:
+            done = call([str(self.bin / "pg_ctl"), "-D", str(data), "-s", "-w", "-m", "fast", "stop"], user="postgres")
+            if done.returncode:
                 raise Failed(
-                    f"PostgreSQL's process {number} is still there", "end it (systemctl status), then start this again"
+                    f"PostgreSQL's process {number} does not end: {last(done)}", "end it, and start this again"
                 )
         pid.unlink(missing_ok=True)
 
@@ -232,6 +244,7 @@ class Database:
         started = call(
             [*control, "-w", "-t", "86400", "-l", str(log), "-o", options, "start"],
             user="postgres",
+            keeps_lock=False,
         )
         try:
             if started.returncode:

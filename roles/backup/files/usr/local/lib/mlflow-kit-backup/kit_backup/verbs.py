@@ -234,6 +234,7 @@ def _drill_database(settings: Settings, database: Database, wanted: dict[str, An
     size = next((one["info"]["size"] for one in database.backups() if one["label"] == wanted["label"]), None)
     if size is None:
         raise Failed(f"the backup {wanted['label']} of the database is gone", "take a new one: playbooks/backup.yml")
+    database.end(data)
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir(parents=True)
