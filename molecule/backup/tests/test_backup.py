@@ -290,6 +290,7 @@ def test_restore_to_a_time_and_back(filled: Any) -> None:
     put(filled, "run-7/later", "later")
     rclone(filled, "deletefile source:mlflow/run-3/a+b%20c.txt")
     sql(filled, "INSERT INTO runs SELECT n, 'later' FROM generate_series(1, 50) AS n")
+    kit(filled, "run", "bucket")  # sees that one is gone, which counts as there until then
     later, then = objects(filled), now(filled)
     said = kit(filled, "check-restore", f"--time='{moment}'", ok=False)
     assert "this host holds data" in said and "-e restore_confirm=scenario" in said
@@ -300,16 +301,48 @@ def test_restore_to_a_time_and_back(filled: Any) -> None:
     assert (objects(filled), sql(filled, "SELECT count(*) FROM runs")) == (later, str(int(rows) + 50))
 
 
+MOMENTS = (
+    "grep -q 'under way' /var/lib/mlflow-kit/restore.json",
+    "pgrep -f 'pgbackrest.* restore' >/dev/null",
+    "test -S /run/mlflow-kit-backup/pg/.s.PGSQL.5432",
+    "pgrep -f 'rclone (copy copy:|delete)' >/dev/null",
+)
+
+
 def restore(host: Any, moment: str, *more: str) -> None:
-    """What playbooks/restore.yml does on the host: begun and killed several times, and begun again."""
+    """What playbooks/restore.yml does on the host, killed at several moments and begun again each time."""
     arguments = f"--time='{moment}' --confirm=scenario {' '.join(more)}"
-    for seconds in (0.6, 1.2, 2.0, 3.0):
-        host.run(f"timeout -s KILL {seconds} mlflow-kit-backup restore {arguments}; true")
-    assert state(host, "restore")["result"] == "under way"
-    assert "run the same playbooks/restore.yml again" in kit(host, "run", "bucket", ok=False)
+    host.check_output("rm -f /var/lib/mlflow-kit/restore.json")
+    for met in MOMENTS:
+        killed(host, f"restore {arguments}", met)
+        assert state(host, "restore")["result"] == "under way", host.check_output("cat /root/out")
+    assert "run the same playbooks/restore.yml again" in kit(host, "run", "backup", ok=False)
     kit(host, "restore", arguments)
     host.check_output("systemctl start postgresql@$(ls /etc/postgresql)-main")
     kit(host, "end-restore")
+
+
+def killed(host: Any, arguments: str, met: str) -> None:
+    """Begin mlflow-kit-backup and kill it once the condition `met` (of the shell) holds."""
+    host.check_output(
+        f"mlflow-kit-backup {arguments} >/root/out 2>&1 & p=$!; "
+        f"while kill -0 $p 2>/dev/null; do if {met}; then kill -9 $p; break; fi; sleep 0.02; done; wait $p; true"
+    )
+
+
+def test_a_copy_that_is_killed_loses_no_version(filled: Any) -> None:
+    """An object is overwritten by another of the same size; the copy is killed in between; both can be had."""
+    put(filled, "run-4/a+b%20c.txt", "one")
+    kit(filled, "run", "bucket")
+    wanted, moment = objects(filled), now(filled)
+    put(filled, "run-4/a+b%20c.txt", "two")
+    killed(filled, "take --bucket", "pgrep -f 'rclone copy source:mlflow' >/dev/null && sleep 0.3")
+    kit(filled, "run", "bucket")
+    kit(filled, "run", "drill")
+    kit(filled, "restore", f"--time={moment}", "--confirm=scenario")
+    filled.check_output("systemctl start postgresql@$(ls /etc/postgresql)-main")
+    kit(filled, "end-restore")
+    assert objects(filled) == wanted
 
 
 def test_no_secret_shows(filled: Any) -> None:

@@ -138,20 +138,18 @@ class Catalog:
         return found
 
     def settle(self) -> dict[str, Version]:
-        """Put right where versions lie, after a run that was interrupted, and return what lies in CURRENT."""
-        present = listing(self.settings, f"copy:{CURRENT}")
-        lost = [
-            v for v in self.versions if v.gone is None and (v.path not in present or present[v.path].size != v.size)
-        ]
-        if lost:
-            aside: dict[tuple[str, int], str] = {}
-            for name, version in sorted(listing(self.settings, "copy:old").items()):
-                folder, _, path = name.partition("/")
-                aside[path, version.size] = f"old/{folder}"
-            for version in lost:
-                if (version.path, version.size) in aside:
-                    version.where = aside[version.path, version.size]
-        return present
+        """Put right where versions lie, after a run that was interrupted, and return what lies in CURRENT.
+
+        A run moves aside what left the bucket before it copies what is new, and writes the catalog last. So what lies
+        in a folder that is younger than the catalog is the version that the catalog still sees in CURRENT.
+        """
+        there = self.there()
+        for folder in folders(self.settings):
+            if self.id and folder[:16] > self.id:
+                for path in listing(self.settings, f"copy:old/{folder}"):
+                    if path in there and there[path].where == CURRENT:
+                        there[path].where = f"old/{folder}"
+        return listing(self.settings, f"copy:{CURRENT}")
 
     def write(self, name: str) -> None:
         """Write the catalog as `name` (an ID) and drop the oldest ones. Raises Failed."""
@@ -161,6 +159,14 @@ class Catalog:
         self.id = name
         for old in catalogs(self.settings)[:-KEPT_CATALOGS]:
             self.settings.rclone("deletefile", f"copy:catalog/{old}.gz")
+
+
+def folders(settings: Settings) -> list[str]:
+    """The folders of what was set aside, oldest first. Raises Failed."""
+    done = settings.rclone("lsf", "--dirs-only", "copy:old")
+    if done.returncode and b"directory not found" not in done.stderr:
+        raise Failed(f"{settings.target_words} cannot be read: {last(done)}", TARGET)
+    return sorted(line.rstrip("/") for line in done.stdout.decode().split())
 
 
 def store(settings: Settings, name: str, data: bytes) -> None:
@@ -310,10 +316,9 @@ def expire(settings: Settings, cutoff: float, moment: datetime.datetime) -> int:
     if dropped:
         catalog.versions = [v for v in catalog.versions if v.gone is None or v.gone >= cutoff]
         catalog.write(moment.strftime(ID))
-    done = settings.rclone("lsf", "--dirs-only", "copy:old")
-    for folder in done.stdout.decode().split() if done.returncode == 0 else []:
+    for folder in folders(settings):
         if _stamp(f"old/{folder}") < cutoff:
-            settings.rclone("purge", f"copy:old/{folder.rstrip('/')}")
+            settings.rclone("purge", f"copy:old/{folder}")
     return len(dropped)
 
 

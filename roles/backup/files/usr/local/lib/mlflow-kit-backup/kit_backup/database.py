@@ -214,7 +214,7 @@ class Database:
         self.end(self.data)
 
     def end(self, data: pathlib.Path) -> None:
-        """End a server that a killed run has left in `data`, and take away what a killed server has left. Raises Failed."""
+        """End a server that a killed run left in `data`, and take away what a killed server left. Raises Failed."""
         pid = data / "postmaster.pid"
         try:
             number = int(pid.read_text().split()[0])
