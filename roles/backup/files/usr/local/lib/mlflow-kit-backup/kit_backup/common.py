@@ -226,9 +226,20 @@ class Settings:
         return text.strip()
 
     def own_mark(self) -> str:
-        """The mark of the site that this host is, or nothing before its first backup or restore."""
+        """The mark of the site that this host is, or nothing before it began to use a target."""
         path = STATE / "backup.owner"
-        return path.read_text().strip() if path.exists() else ""
+        return path.read_text().split("\n")[0] if path.exists() else ""
+
+    def began_here(self) -> bool:
+        """Whether this host has begun to use this very target."""
+        path = STATE / "backup.owner"
+        return path.exists() and path.read_text().split("\n")[1:2] == [self.target_words]
+
+    def adopt(self, mark: str) -> None:
+        """Remember on the host that the backups called `mark` in this target are its own."""
+        STATE.mkdir(parents=True, exist_ok=True)
+        STATE.chmod(0o755)
+        replace(STATE / "backup.owner", f"{mark}\n{self.target_words}\n", 0o600)
 
     def check_owner(self) -> None:
         """See that the target's backups are this host's. Raises Failed."""
@@ -236,6 +247,7 @@ class Settings:
         owner, own = self.owner(), self.own_mark()
         if owner == own != "":
             return
+        own = own if self.began_here() else ""
         if not owner:
             raise Failed(
                 f"{self.target_words} holds no backups, although this host has begun there"

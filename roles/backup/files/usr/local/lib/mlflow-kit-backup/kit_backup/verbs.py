@@ -445,7 +445,7 @@ def restore_database(settings: Settings, text: str, timeline: str) -> None:
         with_set = [one for one in database.backups() if one["timestamp"]["stop"] <= (moment or 0)]
         _recover(database, [f"--set={with_set[-1]['label']}", *line])
     if owner := settings.owner():
-        replace(STATE / "backup.owner", owner + "\n", 0o600)
+        settings.adopt(owner)
     print(f"database: restored in {time.monotonic() - began:.1f} s", flush=True)
 
 
@@ -469,7 +469,7 @@ def restore_bucket(settings: Settings, text: str) -> None:
     began = time.monotonic()
     done = bucket.restore(settings, moment_of(text))
     if owner := settings.owner():
-        replace(STATE / "backup.owner", owner + "\n", 0o600)
+        settings.adopt(owner)
     state = read_state("restore.json")
     state["bucket"] = vars(done)
     write_state("restore.json", state)
@@ -506,11 +506,14 @@ def prepare(settings: Settings, dry: bool) -> dict[str, Any]:
         settings.directory.mkdir(parents=True)
         settings.directory.chmod(0o711)
     own, owner = settings.own_mark(), settings.owner()
-    if owner and not own and PENDING.exists() and PENDING.read_text().strip() == owner:
+    if owner and owner != own and PENDING.exists() and PENDING.read_text().strip() == owner:
         made.append("marked this host as the target's")
         own = owner
         if not dry:
-            PENDING.replace(STATE / "backup.owner")
+            settings.adopt(owner)
+            PENDING.unlink()
+    if not owner and not settings.began_here():
+        own = ""  # a new target
     if (owner or own) and owner != own:
         try:
             settings.check_owner()
@@ -548,4 +551,5 @@ def _mark(settings: Settings) -> None:
         done = settings.rclone("rcat", f"target:{settings.base}/owner", stdin=PENDING.read_text())
         if done.returncode:
             raise Failed(f"{settings.target_words} cannot be written: {last(done)}", bucket.FULL)
-    PENDING.replace(STATE / "backup.owner")
+    settings.adopt(PENDING.read_text().strip())
+    PENDING.unlink()
