@@ -408,7 +408,9 @@ chmod 644 ca.crt
 def test_the_target_may_be_an_s3(filled: Any) -> None:
     """Another bucket, over TLS: pgBackRest and rclone write there, a drill reads it, and it has an owner, too."""
     filled.check_output(TLS_FRONT)
-    rclone(filled, "mkdir source:copies")
+    # The program itself makes no buckets.
+    rclone(filled, "lsf source:mlflow")
+    filled.check_output("RCLONE_CONFIG=/run/mlflow-kit-backup/rclone.conf rclone mkdir source:copies")
     target = {
         "backup_s3_bucket": "copies",
         "backup_s3_prefix": "site",

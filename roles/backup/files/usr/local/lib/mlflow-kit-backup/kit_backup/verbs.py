@@ -254,7 +254,8 @@ def _drill_database(settings: Settings, database: Database, wanted: dict[str, An
                 f"--set={wanted['label']}",
                 "--type=name",
                 f"--target={wanted['mark']}",
-                f"--target-timeline={wanted['timeline']}",
+                # That of the backup, which the mark followed at once: a new target has no file about it.
+                "--target-timeline=current",
                 "--target-action=promote",
                 "--archive-mode=off",
             )
@@ -514,6 +515,8 @@ def prepare(settings: Settings, dry: bool) -> dict[str, Any]:
             PENDING.unlink()
     if not owner and not settings.began_here():
         own = ""  # a new target
+    elif owner == own != "" and not settings.began_here() and not dry:
+        settings.adopt(own)  # the same backups at another place
     if (owner or own) and owner != own:
         try:
             settings.check_owner()
