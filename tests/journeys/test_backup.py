@@ -215,10 +215,11 @@ def test_restore_to_a_time_loses_exactly_what_came_after(site: Site, moments: di
     moments["second"] = export(site)
     assert counts(moments["second"])["runs"] == 2 * counts(moments["first"])["runs"]
     moments["later"] = now(site)
+    to = {"restore_time": moments["time"], "restore_confirm": "mlflow"}
+    assert "restore to " + moments["time"] in restore(site, "--check", "-e", json.dumps(to))
     refused = restore(site, "-e", json.dumps({"restore_time": moments["time"]}), check=False)
     assert "restore_confirm=mlflow" in refused and "Nothing was changed" in refused
     assert export(site) == moments["second"]
-    to = {"restore_time": moments["time"], "restore_confirm": "mlflow"}
     began = time.monotonic()
     restore(site, "-e", json.dumps(to))
     took = time.monotonic() - began

@@ -191,7 +191,7 @@ def drill(settings: Settings) -> dict[str, Any]:
                 "until that is good, do not count on restoring",
             )
         state["result"] = "ok"
-        state["last_good"] = {"backup": state["backup"], "started": state["started"]}
+        state["last_good"] = {k: state[k] for k in ("backup", "started", "database", "bucket") if k in state}
     except Failed as error:
         state["error"] = str(error)
         raise
