@@ -124,7 +124,12 @@ FOOT = "-----END CERTIFICATE-----\n"
 
 def main() -> None:
     """Entry point of the module."""
-    some = {"type": "list", "elements": "dict", "default": [], "no_log": True}
+    one = {
+        "name": {"type": "str", "required": True},
+        "password": {"type": "str", "no_log": True},
+        "token": {"type": "str", "no_log": True},
+    }
+    some = {"type": "list", "elements": "dict", "default": [], "options": one}
     module = AnsibleModule(
         argument_spec={
             "port": {"type": "int", "required": True},

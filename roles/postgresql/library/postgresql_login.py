@@ -52,7 +52,8 @@ proved:
   elements: str
   returned: always
 """
-WRONG = "password authentication failed"
+# A role that is gone is member of no group that pg_hba.conf names.
+WRONG = ("password authentication failed", "no pg_hba.conf entry", "is not permitted to log in")
 SESSIONS = """
 SELECT coalesce(json_agg(format('%s from %s (%s)', usename, coalesce(client_addr::text, 'the host itself'),
   coalesce(nullif(application_name, ''), 'no name'))), '[]') FROM pg_stat_activity WHERE usename IN ({names});
@@ -99,7 +100,7 @@ def look(server: Server, p: dict[str, object]) -> tuple[str, list[str]]:
         proved.append(f"nobody is logged in as {' or '.join(unused)}")
     for login in refused:
         said = complaint(server, database, login["name"], login["password"])
-        if WRONG not in said:
+        if not any(words in said for words in WRONG):
             return f"PostgreSQL did not refuse the old login {login['name']}: {said or 'it was let in'}", proved
         proved.append(f"PostgreSQL refuses the old login {login['name']}")
     return "", proved
@@ -107,7 +108,12 @@ def look(server: Server, p: dict[str, object]) -> tuple[str, list[str]]:
 
 def main() -> None:
     """Entry point of the module."""
-    logins = {"type": "list", "elements": "dict", "default": [], "no_log": True}
+    login = {
+        "name": {"type": "str", "required": True},
+        "password": {"type": "str", "no_log": True},
+        "state": {"type": "str", "default": "present"},
+    }
+    logins = {"type": "list", "elements": "dict", "default": [], "options": login}
     module = AnsibleModule(
         argument_spec={
             "version": {"type": "str", "required": True},
