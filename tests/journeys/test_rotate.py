@@ -20,7 +20,7 @@ from kit import channel, quickstart, vm
 pytestmark = pytest.mark.xdist_group("rotate")
 MACHINE, CLIENT, NETWORK, NAME = "kit-rotate-vm", "kit-rotate-client", "kit-rotate", "rotate.test"
 SUITE = "trixie"
-LOAD = "the load's own password 4711"
+LOAD = "the-load-s-own-4711"
 ROTATE = "playbooks/rotate.yml"
 # Tries credentials on the site's machine with clients of others, and prints a word for each: taken or refused.
 KNOCK = """
@@ -350,9 +350,9 @@ def test_passwords_overlap_until_people_have_the_new_one(site: Site) -> None:
 
 def test_secrets_in_the_database_stay_readable_throughout(site: Site) -> None:
     """Secrets are made and used by MLflow's AI gateway all the while; every one reaches its provider unharmed."""
-    vm.write(site.client, "/root/secrets.py", SECRETS.encode())
+    vm.write(site.client, "/root/wrapped.py", SECRETS.encode())
     vm.execute(site.client, "rm", "-f", "/root/stop", "/root/secrets.json", "/root/made.json")
-    script = "set -a; . /root/client.env; set +a; exec /opt/client/bin/python -W ignore /root/secrets.py"
+    script = "set -a; . /root/client.env; set +a; exec /opt/client/bin/python -W ignore /root/wrapped.py"
     vm.execute(site.client, "systemctl", "reset-failed", "secrets", check=False)
     vm.execute(site.client, "systemd-run", "--quiet", "--collect", "--unit=secrets", "sh", "-c", script)
     start_load(site)
@@ -371,3 +371,31 @@ def test_secrets_in_the_database_stay_readable_throughout(site: Site) -> None:
     assert site.host(site.machine).check_output(rows) == new["vault_crypto_kek_version"]
     assert leaked(flat(old) | flat(new, "new "), out) == []
     assert site.changed() == 0
+
+
+@pytest.mark.parametrize(("kinds", "size"), [("gateway,tokens,tls", 5), ("database,s3", 6), ("encryption", 4)])
+def test_a_killed_run_is_completed_by_the_next(site: Site, kinds: str, size: int) -> None:
+    """kill -9 of ansible-playbook before a task, for tasks that a fixed seed picks, while clients work."""
+    more = ("-e", f"rotate={kinds}", "-e", "rotate_grace_seconds=0")
+    knocked = tuple(kind for kind in kinds.split(",") if kind in credentials(held(site)))
+    start_load(site)
+    tasks = killing.count(site, ROTATE, *more)
+    for number in killing.sample(len(tasks), size):
+        old = held(site)
+        at = killing.kill(site, number, ROTATE, *more)
+        left = held(site)["vault_rotation"]
+        began = time.monotonic()
+        if left:
+            site.playbook(ROTATE, "-e", "rotate_grace_seconds=0")
+        new = held(site)
+        phases = {kind: entry["phase"] for kind, entry in left.items()}
+        print(f"killed before {number}/{len(tasks)} ({at}): {phases}, completed in {time.monotonic() - began:.0f} s")
+        assert new["vault_rotation"] == {}
+        changed = flat(old) != flat(new)
+        assert changed or not left
+        if knocked and changed:
+            assert set(knock(site, old, kinds=knocked).split()) == {"refused"}
+        if knocked:
+            assert set(knock(site, new, kinds=knocked).split()) == {"taken"}
+        healthy(site)
+    quiet(stop_load(site), f"{kinds}, killed {size} times")
