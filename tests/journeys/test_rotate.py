@@ -156,7 +156,9 @@ def site() -> Iterator[Site]:
     quickstart.client_python(CLIENT)
     environment = (checkout / "client.env").read_text().replace(str(checkout), "/root")
     environment = re.sub(r"USERNAME=.*", "USERNAME=load", environment)
-    vm.write(CLIENT, "/root/client.env", re.sub(r"PASSWORD=.*", f"PASSWORD={LOAD}", environment).encode())
+    environment = re.sub(r"PASSWORD=.*", f"PASSWORD={LOAD}", environment)
+    # The client's own call to MLflow's makers is no request to the site.
+    vm.write(CLIENT, "/root/client.env", f"{environment}\nMLFLOW_DISABLE_TELEMETRY=true\n".encode())
     vm.write(CLIENT, "/root/ca-bundle.crt", (checkout / "ca-bundle.crt").read_bytes())
     vm.write(MACHINE, "/root/knock.py", KNOCK.encode())
     vm.write(MACHINE, "/root/model.py", MODEL.encode())
@@ -235,7 +237,7 @@ def quiet(figures: dict[str, Any], kind: str) -> None:
     )
     assert (figures["failed"], figures["refused"], figures["gave_up"]) == (0, 0, []), figures
     assert figures["lost"] == []
-    assert figures["requests_s"] >= 20
+    assert figures["requests"] > 100
 
 
 def test_a_dry_run_tells_and_changes_nothing(site: Site) -> None:
