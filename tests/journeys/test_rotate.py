@@ -210,7 +210,8 @@ def knock(site: Site, *values: dict[str, Any], kinds: tuple[str, ...] = ("databa
 def fingerprint(site: Site) -> str:
     """Of all that a rotation could change, on the host and in the vault."""
     vault = (site.checkout / site.inventory / "group_vars/all/vault.yml").read_bytes()
-    files = "find /etc/mlflow /etc/nginx /etc/swift -type f | sort | xargs sha256sum; systemctl show -p MainPID --value mlflow@1 mlflow@2"
+    files = "find /etc/mlflow /etc/nginx /etc/swift -type f | sort | xargs sha256sum"
+    files += "; systemctl show -p MainPID --value mlflow@1 mlflow@2"
     logins = "su postgres -c \"psql -Atc 'select rolname, rolpassword from pg_authid order by 1'\""
     return f"{vault!r} {site.host(site.machine).check_output(f'{files}; {logins}')}"
 
@@ -299,8 +300,8 @@ def test_an_expired_certificate_is_named_and_rotation_of_tls_cures_it(site: Site
     host = site.host(site.machine)
     host.check_output(
         "cd /etc/nginx/mlflow-kit && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
-        " -keyout tls.key -out tls.crt -subj /CN=old -not_before 20200101000000Z -not_after 20210101000000Z 2>/dev/null;"
-        " systemctl reload nginx; sleep 1"
+        " -keyout tls.key -out tls.crt -subj /CN=old -not_before 20200101000000Z -not_after 20210101000000Z"
+        " 2>/dev/null; systemctl reload nginx; sleep 1"
     )
     out = site.playbook(ROTATE, "-e", "rotate=gateway", check=False)
     assert "certificate ended on 2021-01-01" in out and "rotate tls" in out
