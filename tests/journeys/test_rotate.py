@@ -22,6 +22,7 @@ MACHINE, CLIENT, NETWORK, NAME = "kit-rotate-vm", "kit-rotate-client", "kit-rota
 SUITE = "trixie"
 LOAD = "the-load-s-own-4711"
 ROTATE = "playbooks/rotate.yml"
+PYTHON = "/opt/mlflow/current/bin/python"
 # Tries credentials on the site's machine with clients of others, and prints a word for each: taken or refused.
 KNOCK = """
 import base64, http.client, json, ssl, sys
@@ -53,6 +54,39 @@ def gateway(password):
 def tokens(token):
     return https("Bearer " + token)
 print(*[globals()[kind](*values) for kind, *values in asked])
+"""
+# Uploads by a URL that the key of now presigned, slowly, until /root/stop-upload exists; then tries the URL again.
+UPLOAD = """
+import http.client, json, os, ssl, sys, time
+import boto3, botocore.config
+key, secret = json.load(open("/root/upload.json"))
+name, size = sys.argv[1], 20_000_000
+config = botocore.config.Config(s3={"addressing_style": "path"}, signature_version="s3v4")
+client = boto3.client("s3", endpoint_url=f"https://{name}", aws_access_key_id=key, aws_secret_access_key=secret,
+                      region_name="us-east-1", verify="/etc/mlflow/s3-ca.crt", config=config)
+where = {"Bucket": "mlflow", "Key": "slow.bin"}
+url = client.generate_presigned_url("put_object", Params=where, ExpiresIn=3600)
+context = ssl.create_default_context(cafile="/etc/mlflow/s3-ca.crt")
+def put(pieces, length):
+    connection = http.client.HTTPSConnection(name, context=context, timeout=300)
+    connection.putrequest("PUT", url[len(f"https://{name}"):])
+    connection.putheader("Content-Length", str(length))
+    connection.endheaders()
+    for piece in pieces:
+        connection.send(piece)
+    return connection.getresponse().status
+def slowly():
+    sent, began = 0, time.time()
+    while sent < size:
+        slow = not os.path.exists("/root/stop-upload")
+        piece = min(1000 if slow else 1_000_000, size - sent)
+        yield bytes(piece)
+        sent += piece
+        if slow:
+            open("/root/uploading", "w").close()
+            time.sleep(0.2)
+status = put((p for p in slowly()), size)
+print(status, put([b"again"], 5))
 """
 # A provider of language models as an endpoint of MLflow's AI gateway reaches it: answers with the key that came along.
 MODEL = """
@@ -204,7 +238,7 @@ def knock(site: Site, *values: dict[str, Any], kinds: tuple[str, ...] = ("databa
     """What the site says to the credentials of each of `values`, a word a kind."""
     asked = [(kind, *credentials(one)[kind]) for one in values for kind in kinds]
     vm.write(site.machine, "/root/knock.json", json.dumps(asked).encode())
-    return vm.execute(site.machine, "/opt/mlflow/current/bin/python", "/root/knock.py", site.name)
+    return vm.execute(site.machine, PYTHON, "/root/knock.py", site.name)
 
 
 def fingerprint(site: Site) -> str:
@@ -374,6 +408,42 @@ def test_secrets_in_the_database_stay_readable_throughout(site: Site) -> None:
     assert site.host(site.machine).check_output(rows) == new["vault_crypto_kek_version"]
     assert leaked(flat(old) | flat(new, "new "), out) == []
     assert site.changed() == 0
+
+
+def test_an_upload_under_way_ends_well_and_its_url_ends_with_the_key(site: Site) -> None:
+    """A transfer that an old key's URL has begun is not cut by the withdrawal; a new one by that URL is refused."""
+    vm.write(site.machine, "/root/upload.py", UPLOAD.encode())
+    vm.write(site.machine, "/root/upload.json", json.dumps(credentials(held(site))["s3"]).encode())
+    run = f"rm -f /root/stop-upload /root/uploading; exec {PYTHON} /root/upload.py {site.name}"
+    argv = ("systemd-run", "-q", "--collect", "--unit=upload", "-p", "StandardOutput=truncate:/root/uploaded")
+    vm.execute(site.machine, *argv, "sh", "-c", run)
+    vm.execute(site.machine, "sh", "-c", "until [ -e /root/uploading ]; do sleep 0.2; done")
+    site.playbook(ROTATE, "-e", "rotate=s3", "-e", "rotate_grace_seconds=0")
+    vm.execute(
+        site.machine, "sh", "-c", "touch /root/stop-upload; while systemctl is-active -q upload; do sleep 0.2; done"
+    )
+    assert vm.execute(site.machine, "cat", "/root/uploaded") == "200 403"
+
+
+def test_an_emergency_withdraws_before_anything_else(site: Site) -> None:
+    """Also when an ordinary rotation waits for its overlap to end; what it costs clients is measured."""
+    old = held(site)
+    site.playbook(ROTATE, "-e", "rotate=s3")
+    assert held(site)["vault_rotation"]["s3"]["phase"] == "grace"
+    start_load(site)
+    out = site.playbook(ROTATE, "-e", "rotate=database,s3", "-e", "rotate_emergency=true")
+    assert "EMERGENCY: the old database, s3 is withdrawn" in " ".join(out.split())
+    assert out.index("PostgreSQL refuses the old login") < out.index("Keep the instances as configured")
+    figures = stop_load(site)
+    new = held(site)
+    print(
+        f"emergency: {figures['failed']} of {figures['requests']} requests failed within {figures['failing_s']} s;"
+        f" {figures['runs']} acknowledged runs, {len(figures['lost'])} lost"
+    )
+    assert new["vault_rotation"] == {}
+    assert knock(site, old, new, kinds=("database", "s3")) == "refused refused taken taken"
+    assert figures["lost"] == []
+    healthy(site)
 
 
 @pytest.mark.parametrize(("kinds", "size"), [("gateway,tokens,tls", 5), ("database,s3", 6), ("encryption", 4)])
