@@ -21,7 +21,8 @@ options:
 author: [mlflow-kit]
 """
 PROC = pathlib.Path("/proc")
-# /proc tells the start of a process in hundredths of a second since a boot that it tells no more exactly.
+# /proc tells a process's start in hundredths of a second since a boot that it tells no more exactly: a file must be
+# older than that when the workers which read it start, or they would look older than it.
 COARSE = 0.05
 
 
@@ -50,14 +51,13 @@ def main() -> None:
     )
     root, old = pathlib.Path(module.params["root"]), workers()
     written = {path: path.stat().st_mtime for path in root.rglob("*") if path.is_file()}
-    newer = sorted(str(path) for path, when in written.items() if old and when > min(old.values()) - COARSE)
+    newer = sorted(str(path) for path, when in written.items() if old and when > min(old.values()))
     if not newer:
         module.exit_json(changed=False, newer=[])
     if module.check_mode:
         module.exit_json(changed=True, newer=newer)
     module.run_command(["nginx", "-t", "-q"], check_rc=True)
-    # A file that was written just now must not look newer than the workers that are going to read it.
-    time.sleep(max(0.0, min(1.0, max(written.values()) + 2 * COARSE - time.time())))
+    time.sleep(max(0.0, min(1.0, max(written.values()) + COARSE - time.time())))
     module.run_command(["nginx", "-s", "reload"], check_rc=True)
     end = time.monotonic() + module.params["timeout"]
     while set(old) & set(workers()):
