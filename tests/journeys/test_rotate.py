@@ -274,7 +274,8 @@ def quiet(figures: dict[str, Any], kind: str) -> None:
     failed = figures["failed"] - len(closed)
     print(
         f"rotate {kind}: {figures['requests']} requests ({figures['requests_s']}/s), {failed} failed,"
-        f" {len(closed)} idle connections closed ({'; '.join(closed)}), worst {figures['worst_ms']} ms ({figures['worst']}), median {figures['median_ms']} ms,"
+        f" {len(closed)} idle connections closed ({'; '.join(closed)}),"
+        f" worst {figures['worst_ms']} ms ({figures['worst']}), median {figures['median_ms']} ms,"
         f" {figures['runs']} acknowledged runs, {len(figures['lost'])} lost"
     )
     assert (failed, figures["refused"], figures["gave_up"]) == (0, 0, []), figures
