@@ -6,6 +6,7 @@ The work is done on the controller alone; no secret is returned, printed or hand
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import fcntl
 import ipaddress
@@ -14,12 +15,13 @@ import os
 import pathlib
 import secrets
 import string
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
 from ansible import constants
 from ansible.errors import AnsibleActionFail
-from ansible.parsing.vault import VaultLib
+from ansible.parsing.vault import AnsibleVaultError, VaultLib
 from ansible.plugins.action import ActionBase
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -138,8 +140,55 @@ def complete(held: dict[str, Any], wanted: dict[str, str], authority: str, names
     return new
 
 
+def _complete_tokens(new: dict[str, Any], machines: list[str]) -> None:
+    """Give each of `machines` a token of its own; one that is no longer named loses it."""
+    held = new.get("vault_machine_tokens") or {}
+    if machines or held:
+        new["vault_machine_tokens"] = {name: held.get(name) or generate("password") for name in machines}
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Keep every other run out of the vaulted file `path` meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / ".vault.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def read(path: pathlib.Path, vault: VaultLib) -> dict[str, Any]:
+    """Return what the vaulted file `path` holds; nothing when there is none. Raises AnsibleActionFail."""
+    if not path.exists():
+        return {}
+    raw = path.read_bytes()
+    try:
+        text = vault.decrypt(raw) if raw.startswith(b"$ANSIBLE_VAULT") else raw
+    except AnsibleVaultError as error:
+        raise AnsibleActionFail(
+            f"{path}: this vault password does not open it, and nothing was changed. Bring back the one that it was"
+            f" encrypted with (.vault-password, or the file that MLFLOW_KIT_VAULT_PASSWORD_FILE names): {error}"
+        ) from error
+    return yaml.safe_load(text) or {}
+
+
+def write(path: pathlib.Path, vault: VaultLib, held: dict[str, Any]) -> None:
+    """Replace the vaulted file `path` in one step; when this returns, it is on the disk."""
+    scratch = path.with_name(f".{path.name}.new")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(vault.encrypt(yaml.safe_dump(held)))
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible ships no types
-    """`site_secrets`: path, secrets (name to kind), authority (a title) and names (of the certificate).
+    """`site_secrets`: path, secrets (name to kind), authority (a title), names (of the certificate), machine_tokens.
 
     Returns `path`, the vaulted file that now holds everything (a scratch one in check mode), and `made`, the
     names of what was made.
@@ -158,30 +207,15 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible ships no types
         vault: VaultLib = self._loader._vault
         if not vault.secrets:
             raise AnsibleActionFail("there is no vault password: see vault_password_file in ansible.cfg")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (path.parent / ".vault.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            held: dict[str, Any] = {}
-            if path.exists():
-                raw = path.read_bytes()
-                text = vault.decrypt(raw) if raw.startswith(b"$ANSIBLE_VAULT") else raw
-                held = yaml.safe_load(text) or {}
+        with locked(path):
+            held = read(path, vault)
             new = complete(held, args["secrets"], args["authority"], args["names"])
+            _complete_tokens(new, args.get("machine_tokens") or [])
             result["made"] = sorted(name for name in new if new[name] != held.get(name))
-            result["changed"] = bool(result["made"])
+            result["changed"] = bool(result["made"]) or set(held) != set(new)
             if result["changed"]:
                 if self._task.check_mode:
                     path = pathlib.Path(constants.DEFAULT_LOCAL_TMP) / "vault.yml"
-                self._write(path, vault.encrypt(yaml.safe_dump(new)))
+                write(path, vault, new)
         result["path"] = str(path)
         return result
-
-    @staticmethod
-    def _write(path: pathlib.Path, data: bytes) -> None:
-        scratch = path.with_name(f".{path.name}.new")
-        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)

@@ -29,6 +29,11 @@ def gateway_crypt(password: str, user: str, salt: str) -> str:
     return str(made.decode())
 
 
+def gateway_user_lines(users: list[dict[str, str]], salt: str) -> list[str]:
+    """Return a line of a users' file for each of `users` (name and password)."""
+    return [f"{user['name']}:{gateway_crypt(user['password'], user['name'], salt)}" for user in users]
+
+
 def gateway_token(token: str) -> str:
     """Return what the gateway compares a bearer token by: the SHA-256 of its header, in hexadecimal.
 
@@ -51,4 +56,5 @@ class FilterModule:
             "gateway_crypt": gateway_crypt,
             "gateway_generation": gateway_generation,
             "gateway_token": gateway_token,
+            "gateway_user_lines": gateway_user_lines,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import re
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -35,7 +36,9 @@ def main() -> None:
     )
     p = module.params
     prefix = pathlib.Path(p["python"]).parent.parent.resolve()
-    wanted = hashlib.sha256(f"{prefix} {p['uri']} {p['users_uri']}".encode()).hexdigest()
+    # Which login it was done by does not matter: rotations change that.
+    named = re.sub(r"//[^/@]*@", "//", f"{prefix} {p['uri']} {p['users_uri']}")
+    wanted = hashlib.sha256(named.encode()).hexdigest()
     stamp = pathlib.Path(p["stamp"])
     if stamp.exists() and stamp.read_text().strip() == wanted:
         module.exit_json(changed=False)

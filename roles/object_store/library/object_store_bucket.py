@@ -72,6 +72,7 @@ def main() -> None:
             "bucket": {"type": "str", "required": True},
             "region": {"type": "str", "required": True},
             "credentials": {"type": "list", "elements": "dict", "required": True, "options": key},
+            "refused": {"type": "list", "elements": "dict", "default": [], "options": key},
             "timeout": {"type": "int", "default": 60},
         },
         supports_check_mode=True,
@@ -96,6 +97,12 @@ def main() -> None:
             found = f"answered {status}" if status else "did not answer"
             who = f"key {item['access_key']} of object_store_credentials"
             problem = f"S3 on {address}:{p['port']} {found} for bucket {p['bucket']} and {who}, {expected}"
+            break
+    for item in [] if problem or module.check_mode else p["refused"]:
+        while (status := bucket.request("HEAD", item)) != FORBIDDEN and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if status != FORBIDDEN:
+            problem = f"S3 on {address}:{p['port']} answered {status} to the old key {item['access_key']}, expected 403"
             break
     module.exit_json(changed=changed, problem=problem)
 

@@ -4,7 +4,7 @@
 them in their environment, where `ps` shows them. Here the settings come from the unit's EnvironmentFile, the
 secrets from systemd credentials, and both stay in this process.
 
-Usage: launcher.py serve INSTANCE | migrate | check-settings FILE
+Usage: launcher.py serve INSTANCE | migrate | rewrap | check-settings FILE
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ def _true(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true")
 
 
-def load_secrets() -> None:
+def load_secrets() -> list[dict[str, typing.Any]]:
     """Put the unit's credentials into this process: `secrets` (a JSON object) and `pgpass`.
+
+    Returns further passphrases of secrets in the database (passphrase and version), if one is being rotated.
 
     They are set in the interpreter only, so that /proc/PID/environ and `ps e` do not show them. libpq wants a
     file that nobody else may read, which a credential's access list does not look like to it: hence the copy
@@ -55,7 +57,7 @@ def load_secrets() -> None:
     """
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
     if not folder:
-        return
+        return []
     held = pathlib.Path(folder)
     if (held / "secrets").exists():
         os.environ.update(json.loads((held / "secrets").read_text()))
@@ -65,6 +67,110 @@ def load_secrets() -> None:
         with os.fdopen(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write((held / "pgpass").read_text())
         os.environ["PGPASSFILE"] = str(copy)
+    further = held / "kek_further.json"
+    found: list[dict[str, typing.Any]] = json.loads(further.read_text()) if further.exists() else []
+    return found
+
+
+def accept_further(further: list[dict[str, typing.Any]]) -> None:
+    """Let secrets in the database be read by `further` passphrases, too.
+
+    MLflow itself knows one at a time, so that it would have to stand still while the secrets are wrapped anew. The
+    function that opens a secret's own key is asked again with the other keys when the current one does not fit.
+    Raises SystemExit when the installed version has no such function.
+    """
+    if not further:
+        return
+    if importlib.util.find_spec("mlflow.utils.crypto") is None:
+        return  # a version without secrets in its database
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils import crypto
+
+    if not hasattr(crypto, "unwrap_dek"):
+        sys.exit("the installed MLflow has no mlflow.utils.crypto.unwrap_dek: no passphrase can be rotated with it")
+    plain = crypto.unwrap_dek
+    # Deriving a key takes a good part of a second: once, not for each secret.
+    keys = [crypto.KEKManager(one["passphrase"], one["version"]).get_kek() for one in further]
+
+    def unwrap_dek(wrapped: bytes, key: bytes) -> bytes:
+        for one in [key, *keys]:
+            try:
+                return bytes(plain(wrapped, one))
+            except MlflowException:
+                continue
+        return bytes(plain(wrapped, key))
+
+    unwrap_dek.plain = plain  # type: ignore[attr-defined]
+    crypto.unwrap_dek = unwrap_dek
+
+
+def rewrap(further: list[dict[str, typing.Any]]) -> None:
+    """Wrap the secrets in the database with the current passphrase that are wrapped with an older one of `further`.
+
+    MLflow's own command does it, in one transaction. Nobody may change a secret between its reading and its writing:
+    where somebody does, PostgreSQL refuses the whole, and it is done again. Afterwards each secret is opened with the
+    current passphrase and with each older one, and the counts are left in the state directory. Raises SystemExit.
+    """
+    version = int(os.environ.get("MLFLOW_CRYPTO_KEK_VERSION", "1"))
+    report = {"version": version, "rewrapped": 0, "opened": 0, "refused": 0}
+    place = pathlib.Path(os.environ["STATE_DIRECTORY"]) / "rewrapped.json"
+    if importlib.util.find_spec("mlflow.utils.crypto") is None:
+        place.write_text(json.dumps(report))
+        return
+    # libpq reads it when it connects.
+    os.environ["PGOPTIONS"] = "-c default_transaction_isolation=repeatable\\ read"
+    from mlflow.cli.crypto import rotate_kek
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.tracking.dbmodels.models import SqlGatewaySecret
+    from mlflow.tracking import _get_store
+    from mlflow.utils import crypto
+
+    passphrase, uri = os.environ["MLFLOW_CRYPTO_KEK_PASSPHRASE"], os.environ["MLFLOW_BACKEND_STORE_URI"]
+    older = [one for one in further if one["version"] == version - 1]
+    store = _get_store(uri)
+
+    def versions() -> list[int]:
+        with store.ManagedSessionMaker() as session:
+            return [int(row[0]) for row in session.query(SqlGatewaySecret.kek_version)]
+
+    for one in older:
+        report["rewrapped"] += versions().count(one["version"])
+        os.environ["MLFLOW_CRYPTO_KEK_PASSPHRASE"] = one["passphrase"]
+        os.environ["MLFLOW_CRYPTO_KEK_VERSION"] = str(one["version"])
+        for attempt in range(5):
+            try:
+                rotate_kek.callback(passphrase, uri, True)
+                break
+            except MlflowException as error:
+                if attempt == 4 or "could not serialize" not in str(error):
+                    raise
+                log.info("a secret was changed meanwhile: once more")
+    os.environ["MLFLOW_CRYPTO_KEK_PASSPHRASE"], os.environ["MLFLOW_CRYPTO_KEK_VERSION"] = passphrase, str(version)
+
+    strange = [found for found in versions() if found != version]
+    if strange:
+        sys.exit(
+            f"{len(strange)} secrets are of passphrase version {sorted(set(strange))}, not {version}: keep the old"
+        )
+    unwrap = getattr(crypto.unwrap_dek, "plain", crypto.unwrap_dek)
+    current = crypto.KEKManager(passphrase, version).get_kek()
+    old = [crypto.KEKManager(one["passphrase"], one["version"]).get_kek() for one in older]
+    with store.ManagedSessionMaker() as session:
+        for (wrapped,) in session.query(SqlGatewaySecret.wrapped_dek):
+            unwrap(wrapped, current)
+            report["opened"] += 1
+            report["refused"] += not any(_opens(unwrap, wrapped, key) for key in old)
+    if report["refused"] != report["opened"]:
+        sys.exit("an old passphrase still opens a secret")
+    place.write_text(json.dumps(report))
+
+
+def _opens(unwrap: typing.Callable[[bytes, bytes], bytes], wrapped: bytes, key: bytes) -> bool:
+    try:
+        unwrap(wrapped, key)
+    except Exception:
+        return False
+    return True
 
 
 def _source(package: str, *parts: str) -> str:
@@ -146,7 +252,8 @@ def migrate() -> None:
         auth.bootstrap_admin_user()
     if lock is not None:
         lock.close()
-    stamp = f"{pathlib.Path(sys.prefix).resolve()} {uri} {users}"
+    # Which login it was done by does not matter: rotations change that.
+    stamp = re.sub(r"//[^/@]*@", "//", f"{pathlib.Path(sys.prefix).resolve()} {uri} {users}")
     (pathlib.Path(os.environ["STATE_DIRECTORY"]) / "migrated").write_text(
         hashlib.sha256(stamp.encode()).hexdigest() + "\n"
     )
@@ -241,8 +348,12 @@ def main() -> None:
     """Do what the command line says."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     if len(sys.argv) == 3 and sys.argv[1] == "serve":
-        load_secrets()
+        accept_further(load_secrets())
         serve(int(sys.argv[2]))
+    elif sys.argv[1:] == ["rewrap"]:
+        further = load_secrets()
+        accept_further(further)
+        rewrap(further)
     elif sys.argv[1:] == ["migrate"]:
         load_secrets()
         migrate()

@@ -1,0 +1,61 @@
+"""kill -9 of ansible-playbook at the boundary of any two tasks, for the tests of what a second run then does.
+
+tasks = count(site, "playbooks/rotate.yml", "-e", "rotate=s3")     # a whole run, and what it consists of
+for number in sample(len(tasks), 15):
+    at = kill(site, number, "playbooks/rotate.yml", "-e", "rotate=s3")   # the task that did not start any more
+    site.playbook("playbooks/rotate.yml")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import random
+import signal
+import tempfile
+
+from journey import Site
+
+CALLBACKS = pathlib.Path(__file__).parent / "callbacks"
+
+
+def _run(site: Site, at: int, playbook: str, more: tuple[str, ...]) -> tuple[int, str, list[str]]:
+    with tempfile.TemporaryDirectory(prefix="mlflow-kit-kill-") as work:
+        log = pathlib.Path(work) / "tasks"
+        log.touch()
+        own = {
+            **site.environment,
+            "ANSIBLE_CALLBACK_PLUGINS": str(CALLBACKS),
+            "ANSIBLE_CALLBACKS_ENABLED": "kill_at",
+            "KIT_KILL_AT": str(at),
+            "KIT_KILL_LOG": str(log),
+        }
+        # The shell tells of a signal by its exit status, and so by what is printed last.
+        line = 'ansible-playbook "$@"; echo "exit $?"'
+        argv = ("sh", "-c", line, "sh", "-i", site.inventory, playbook, *more)
+        out = dataclasses.replace(site, environment=own).command(*argv)
+        return int(out.rsplit("exit ", 1)[1]), out, log.read_text().splitlines()
+
+
+def count(site: Site, playbook: str, *more: str) -> list[str]:
+    """Run the playbook to its end and return the names of its tasks in their order, handlers too."""
+    code, out, tasks = _run(site, 0, playbook, more)
+    assert code == 0, f"{playbook} {' '.join(more)}: exit {code}\n{out[-8000:]}"
+    return tasks
+
+
+def kill(site: Site, number: int, playbook: str, *more: str) -> str:
+    """Kill the playbook's run when its task `number` (from 1) starts; return that task's name, "" if it ended before.
+
+    What a killed run has begun on a host goes on there until it is done, as after any loss of the controller.
+    """
+    code, out, tasks = _run(site, number, playbook, more)
+    if code == 0 and len(tasks) < number:
+        return ""
+    assert code == 128 + signal.SIGKILL, f"{playbook} {' '.join(more)}: exit {code}\n{out[-8000:]}"
+    return tasks[-1]
+
+
+def sample(tasks: int, size: int, seed: int = 4) -> list[int]:
+    """`size` different numbers of 1 to `tasks`, or all when there are fewer; the same for the same seed."""
+    return sorted(random.Random(seed).sample(range(1, tasks + 1), min(size, tasks)))
