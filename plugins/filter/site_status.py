@@ -97,7 +97,7 @@ def _gateway(host: str, found: Mapping[str, Any]) -> list[Row]:
 
 
 def _disks(host: str, lines: Iterable[str]) -> list[Row]:
-    """From `df --output=target,size,avail -B1` without its head; each file system once."""
+    """From the lines of `df --output=target,size,avail -B1` below its head; each file system once."""
     rows = []
     for target, size, free in sorted({tuple(line.split()) for line in lines}):
         used = 100 * (1 - int(free) / int(size)) if int(size) else 0.0
@@ -143,7 +143,7 @@ def site_host(variables: Mapping[str, Any], backups: bool) -> dict[str, Any]:
     if seen.get("unreachable") or "stdout" not in seen:
         return {"unreachable": True}
     disks, backup, drill, flags = (part.strip() for part in f"{seen['stdout']}\n".split("---\n"))
-    found: dict[str, Any] = {"disks": disks.splitlines(), "flags": flags.split()}
+    found: dict[str, Any] = {"disks": disks.splitlines()[1:], "flags": flags.split()}
     if backups and (backup or drill or "database" in variables["group_names"]):
         found |= {"backup": backup, "drill": drill}
     for role, key in (
