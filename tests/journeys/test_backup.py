@@ -226,7 +226,7 @@ def test_restore_to_a_time_loses_exactly_what_came_after(site: Site, moments: di
     assert export(site) == moments["first"]
     held = state(site, "restore")
     print(f"to a time: {took:.0f} s, {held['duration_s']} s of it on the host; {held['database']}, {held['bucket']}")
-    to = {"restore_time": moments["later"], "restore_timeline": 1, "restore_confirm": "mlflow"}
+    to = {"restore_time": moments["later"], "restore_timeline": held["saved_timeline"], "restore_confirm": "mlflow"}
     restore(site, "-e", json.dumps(to))
     assert export(site) == moments["second"]
 

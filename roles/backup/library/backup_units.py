@@ -41,7 +41,8 @@ def main() -> None:
             module.run_command(["systemctl", "daemon-reload"], check_rc=True)
         module.exit_json(changed=bool(there), done=[f"removed {path}" for path in there], foreign="")
     if not module.check_mode:
-        shown = module.run_command(["systemctl", "show", "-p", "NeedDaemonReload", "--value", *timers])[1]
+        units = [*timers, *(timer.replace(".timer", ".service") for timer in timers)]
+        shown = module.run_command(["systemctl", "show", "-p", "NeedDaemonReload", "--value", *units])[1]
         if "yes" in shown:
             module.run_command(["systemctl", "daemon-reload"], check_rc=True)
     foreign = ""
