@@ -118,6 +118,9 @@ def test_the_first_backup_says_what_is_in_it(filled: Any) -> None:
     assert (held["result"], held["kind"], held["database"]["type"]) == ("ok", "all", "full")
     assert (held["database"]["rows"], held["bucket"]["objects"], held["bucket"]["copied"]) == (1000, 5, 5)
     assert held["database"]["bytes"] > 1_000_000 and held["duration_s"] > 0
+    listed = filled.check_output(f"mlflow-kit-backup files {held['id']} | tar tz")
+    assert {"etc/swift/object.ring.gz", "etc/swift/object.builder", "etc/swift/swift.conf"} <= set(listed.split())
+    assert "etc/mlflow-kit-backup/site/note.vault" in listed
 
 
 def test_the_next_one_copies_what_changed(filled: Any) -> None:

@@ -60,6 +60,14 @@ def show(settings: Settings) -> None:
         print(f"bucket: {len(there)} objects, {megabytes(sum(v.size for v in there))}, copied {catalog.id or 'never'}")
 
 
+def give_files(settings: Settings, name: str) -> None:
+    """Write the archive of the backup `name` to standard output. Raises Failed."""
+    done = settings.rclone("cat", f"copy:host/{name}.tar.gz")
+    if done.returncode:
+        raise Failed(f"there is no archive of a backup {name}: {last(done)}", "mlflow-kit-backup list")
+    sys.stdout.buffer.write(done.stdout)
+
+
 def plan_words(plan: dict[str, object]) -> str:
     """What a restore would do, in words."""
     lines = [f"restore to {plan['to']}{' (completing an earlier run)' if plan['resumed'] else ''}"]
@@ -98,6 +106,8 @@ def main() -> None:
     runs = sub.add_parser("run", help="start a unit, wait for it and say what it did")
     runs.add_argument("kind", choices=list(UNITS))
     sub.add_parser("list", help="what can be restored")
+    files = sub.add_parser("files", help="write the archive of configuration of a complete backup to standard output")
+    files.add_argument("id", help="of the backup, as list shows it")
     makes = sub.add_parser("prepare", help="make what the target lacks (the role does this)")
     makes.add_argument("--dry", action="store_true")
     takes = sub.add_parser("take", help="take a backup in the foreground")
@@ -124,6 +134,8 @@ def main() -> None:
         settings = Settings()
         if options.verb == "list":
             show(settings)
+        elif options.verb == "files":
+            give_files(settings, options.id)
         elif options.verb == "prepare":
             print(json.dumps(verbs.prepare(settings, options.dry)))
         elif options.verb == "check-restore":

@@ -45,7 +45,7 @@ def host_files(settings: Settings) -> bytes:
     """An archive of the configuration that the settings name, for looking things up: a restore does not need it."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w:gz") as archive:
-        for path in settings.held["paths"]:
+        for path in [*settings.held["paths"], str(SITE_FILES)]:
             with contextlib.suppress(FileNotFoundError):
                 archive.add(path)
     return data.getvalue()
