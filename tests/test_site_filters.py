@@ -123,5 +123,8 @@ def test_who_may_enter_is_told() -> None:
 def test_a_host_that_does_not_answer_is_told_apart() -> None:
     assert STATUS.site_host({"status_host": {"unreachable": True}, "group_names": []}, True) == {"unreachable": True}
     assert STATUS.site_host({"group_names": []}, True) == {"unreachable": True}
-    answer = {"status_host": {"stdout": "Mounted on  1B-blocks  Avail\n/ 1 1\n---\n---\n---\nreboot"}, "group_names": ["database"]}
+    answer = {
+        "status_host": {"stdout": "Mounted on  1B-blocks  Avail\n/ 1 1\n---\n---\n---\nreboot"},
+        "group_names": ["database"],
+    }
     assert STATUS.site_host(answer, True) == {"disks": ["/ 1 1"], "flags": ["reboot"], "backup": "", "drill": ""}
