@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import pathlib
 from types import ModuleType
 from typing import Any
@@ -99,3 +100,66 @@ def test_switching_needs_a_complete_environment_and_keeps_what_was_live(
     link.mkdir()
     with pytest.raises(builder.BuildError, match="in the way"):
         builder.switch(plan, names[3])
+
+
+def make(plan: dict[str, Any], name: str, version: str) -> None:
+    """An environment that looks complete, with one package in it."""
+    prefix = pathlib.Path(plan["root"]) / name
+    (prefix / ".mlflow-kit").mkdir(parents=True)
+    (prefix / ".mlflow-kit/complete.json").write_text("{}")
+    (prefix / f"lib/python3.13/site-packages/mlflow-{version}.dist-info").mkdir(parents=True)
+
+
+def test_the_way_back_is_the_one_that_was_live_before(builder: ModuleType, plan: dict[str, Any]) -> None:
+    """Each step back goes one further, and what was left on the way back is no place to go back to."""
+    names = [letter * 16 for letter in "abcd"]
+    for name in names:
+        make(plan, name, "1.0")
+    plan["keep"] = 9
+    for name in names[:3]:
+        builder.switch(plan, name)
+    make(plan, "e" * 16, "1.0")  # built, and never live
+    assert builder.previous_name(plan) == names[1]
+    builder.switch(plan, names[1], back=True)
+    assert (builder.previous_name(plan), builder.used(pathlib.Path(plan["root"]))["left"]) == (names[0], [names[2]])
+    builder.switch(plan, names[0], back=True)
+    assert builder.previous_name(plan) == ""
+    builder.switch(plan, names[2])
+    assert (builder.previous_name(plan), builder.used(pathlib.Path(plan["root"]))["left"]) == (names[0], [names[1]])
+
+
+def test_pruning_leaves_the_way_back(builder: ModuleType, plan: dict[str, Any]) -> None:
+    """However few are kept, the one that was live before stays."""
+    plan["keep"] = 0
+    names = [letter * 16 for letter in "abc"]
+    for name in names:
+        make(plan, name, "1.0")
+        builder.switch(plan, name)
+    assert builder.previous_name(plan) == names[1]
+    assert builder.status(plan)["kept"] == names[1:]
+
+
+@pytest.mark.parametrize(
+    ("live", "runs", "left", "held"),
+    [
+        ("", "", False, ""),
+        ("other", "2.0", False, ""),
+        ("other", "1.0", False, "mlflow 1.0 is live and the lock has 2.0"),
+        ("other", "2.0", True, "was rolled back from"),
+        ("own", "2.0", True, ""),
+    ],
+)
+def test_a_version_stays_until_it_is_changed_on_purpose(
+    builder: ModuleType, plan: dict[str, Any], live: str, runs: str, left: bool, held: str
+) -> None:
+    """A live environment of another version stays, and so does one after a way back."""
+    plan |= {"guard": "mlflow", "guard_version": "2.0"}
+    wanted = builder.name_of(plan)
+    if live:
+        name = wanted if live == "own" else "a" * 16
+        make(plan, name, runs)
+        builder.switch(plan, name)
+        known = builder.used(pathlib.Path(plan["root"])) | {"left": [wanted] if left else []}
+        (pathlib.Path(plan["root"]) / builder.USED).write_text(json.dumps(known))
+    found = builder.held(plan)
+    assert held in found if held else found == ""

@@ -41,6 +41,7 @@ FORMAT = 1  # raise it when a build gives something else from the same plan
 PLAN = "/var/lib/mlflow-kit-conda-env.json"
 OWN = ".mlflow-kit"  # our folder inside an environment
 MARKER = f"{OWN}/complete.json"
+USED = ".used.json"  # beside the environments: which were live, in order, and which were left for good
 NAME = re.compile(r"[0-9a-f]{16}")
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 # Test suites that packages carry are never imported by a service: a third of the compiling is saved.
@@ -128,6 +129,47 @@ def live_name(plan: Plan) -> str:
     return target.name if target.parent == pathlib.Path(plan["root"]) else ""
 
 
+def used(root: pathlib.Path) -> dict[str, list[str]]:
+    """Return `live`, the names that were live one after the other, and `left`, those that a way back was taken from."""
+    try:
+        found = json.loads((root / USED).read_text())
+    except (OSError, ValueError):
+        found = {}
+    return {key: [str(name) for name in found.get(key, [])] for key in ("live", "left")}
+
+
+def previous_name(plan: Plan) -> str:
+    """Return the environment to go back to: the last that was live before the live one and is still there."""
+    root, live = pathlib.Path(plan["root"]), live_name(plan)
+    before = [name for name in used(root)["live"] if name != live and is_complete(root / name)]
+    return before[-1] if before else ""
+
+
+def version_in(prefix: pathlib.Path, package: str) -> str:
+    """Return the version of a Python package in an environment, or an empty string."""
+    wanted = package.lower().replace("-", "_")
+    for folder in _site_packages(prefix):
+        for found in folder.glob("*.dist-info"):
+            name, _, version = found.name.removesuffix(".dist-info").partition("-")
+            if name.lower() == wanted:
+                return version
+    return ""
+
+
+def held(plan: Plan) -> str:
+    """Say why the live environment is to stay although another one is wanted; an empty string when it need not."""
+    root, live, wanted = pathlib.Path(plan["root"]), live_name(plan), name_of(plan)
+    guard = plan.get("guard", "")
+    if not guard or not live or live == wanted or not is_complete(root / live):
+        return ""
+    runs = version_in(root / live, guard)
+    if runs != plan["guard_version"]:
+        return f"{guard} {runs} is live and the lock has {plan['guard_version']}"
+    if wanted in used(root)["left"]:
+        return f"the environment of the lock ({wanted}) was rolled back from"
+    return ""
+
+
 def tools_of(plan: Plan) -> pathlib.Path:
     """Return the folder of the tools' virtual environment for this plan."""
     key = _sha256(f"{FORMAT} {platform.python_version()} {plan['tools_sha256']}".encode())[:16]
@@ -143,7 +185,10 @@ def status(plan: Plan) -> dict[str, Any]:
         "complete": is_complete(root / name),
         "tools": (tools_of(plan) / "complete").exists(),
         "live": live_name(plan),
-        "kept": sorted(p.name for p in environments(root) if is_complete(p)),
+        "kept": (kept := sorted(p.name for p in environments(root) if is_complete(p))),
+        "previous": previous_name(plan),
+        "held": held(plan),
+        "versions": {name: version_in(root / name, plan["guard"]) for name in kept} if plan.get("guard") else {},
     }
 
 
@@ -487,8 +532,10 @@ def solver_child(plan: Plan, prefix: pathlib.Path) -> None:
 # ---------------------------------------------------------------- switching
 
 
-def switch(plan: Plan, to: str = "") -> dict[str, Any]:
+def switch(plan: Plan, to: str = "", *, back: bool = False) -> dict[str, Any]:
     """Let the link lead to the plan's environment, or to the complete one named `to`, and prune old ones.
+
+    With `back` the one that was live until now counts as left: nothing goes there again by itself.
 
     Kept are the live one, the one before it, and as many others as the plan says, those last in use first.
     """
@@ -502,9 +549,10 @@ def switch(plan: Plan, to: str = "") -> dict[str, Any]:
     result = {"changed": before != name, "name": name, "prefix": str(prefix), "previous": before, "pruned": []}
     if before == name:
         return result
-    for used in (before, name):
-        if used and is_complete(root / used):
-            os.utime(root / used / MARKER)
+    for each in (before, name):
+        if each and is_complete(root / each):
+            os.utime(root / each / MARKER)
+    _remember(root, before, name, back=back)
     link.parent.mkdir(parents=True, exist_ok=True)
     new = link.with_name(f".{link.name}.new")
     new.unlink(missing_ok=True)
@@ -516,6 +564,17 @@ def switch(plan: Plan, to: str = "") -> dict[str, Any]:
     return result
 
 
+def _remember(root: pathlib.Path, before: str, name: str, *, back: bool) -> None:
+    known = used(root)
+    # On the way back the one that is left, and what came after the target, is no place to go back to.
+    live = known["live"] or [before]
+    live = live[: live.index(name)] if back and name in live else [one for one in live if one != name]
+    live = [one for one in live if one and (not back or one != before)]
+    left = [one for one in known["left"] if one != name] + ([before] if back and before else [])
+    left = [one for one in dict.fromkeys(left) if (root / one).exists()]
+    _write_durably(root / USED, json.dumps({"live": [*live, name][-20:], "left": left}) + "\n")
+
+
 def prune(plan: Plan, keep_also: str) -> list[str]:
     """Remove environments beyond those to keep, and tools of other plans; return the environments' names."""
     root = pathlib.Path(plan["root"])
@@ -523,7 +582,7 @@ def prune(plan: Plan, keep_also: str) -> list[str]:
     live = live_name(plan)
     # What was live a moment ago is still running until its services have restarted.
     old = [p for p in found if p.name != live][max(1, plan["keep"]) :]
-    gone = [p for p in old if p.name != keep_also]
+    gone = [p for p in old if p.name not in (keep_also, previous_name(plan))]
     for path in gone:
         (path / MARKER).unlink()
         shutil.rmtree(path)
@@ -642,6 +701,7 @@ def main() -> int:
         made.add_argument("plan", nargs="?", default=PLAN, help="a file, or - for standard input")
         if verb == "switch":
             made.add_argument("--to", default="", metavar="NAME", help="another complete environment")
+            made.add_argument("--back", action="store_true", help="the live one is left for good")
     verbs.add_parser("_conda").add_argument("prefix", type=pathlib.Path)
     a = parser.parse_args()
     os.umask(0o022)
@@ -655,7 +715,7 @@ def main() -> int:
             print(json.dumps({"prefix": str(prefix), **bad}, indent=1))
             return int(any(bad.values()))
         do = {"status": status, "build": build}.get(a.verb)
-        print(json.dumps(do(plan) if do else switch(plan, a.to)))
+        print(json.dumps(do(plan) if do else switch(plan, a.to, back=a.back)))
     except (BuildError, OSError, ValueError) as error:
         print(f"{a.verb}: {_without_credentials(str(error))}", file=sys.stderr)
         return 1

@@ -33,6 +33,10 @@ options:
     default: []
   address: {description: Address that the instances listen on., type: str, required: true}
   port: {description: Port of the first instance., type: int, required: true}
+  first_only:
+    description: Restart the first instance alone, and take the others out of the gateway until the next run.
+    type: bool
+    default: false
   force: {description: Restart whatever the state., type: bool, default: false}
   look: {description: "Only look: return how each instance is, and change nothing.", type: bool, default: false}
 author: [mlflow-kit]
@@ -175,6 +179,7 @@ def main() -> None:
             "python": {"type": "path", "required": True},
             "force": {"type": "bool", "default": False},
             "look": {"type": "bool", "default": False},
+            "first_only": {"type": "bool", "default": False},
             "drain": {"type": "list", "elements": "str", "default": []},
             "address": {"type": "str", "required": True},
             "port": {"type": "int", "required": True},
@@ -193,6 +198,8 @@ def main() -> None:
         done.append(f"{instance}: stopped, since there are to be {p['count']}")
         if not module.check_mode:
             units.systemctl("disable", "--now", units.name(instance))
+    if not p["count"]:
+        module.exit_json(changed=bool(done), done=done)
     if not module.check_mode and not any(active for _, active in known.values()):
         # Nobody is served yet: all at once.
         names = [units.name(instance) for instance in range(1, p["count"] + 1)]
@@ -200,6 +207,9 @@ def main() -> None:
         units.systemctl("enable", "--now", "--quiet", *names)
         module.exit_json(changed=True, done=[*done, "all were enabled and started"])
     for instance in range(1, p["count"] + 1):
+        if p["first_only"] and instance > 1:
+            tell(module, "drain", instance)
+            continue
         enabled, active = known.get(instance, (False, False))
         why = "it does not run" if not active else stale(units, instance, p["watch"], p["python"])
         if p["force"] and not why:

@@ -1,10 +1,12 @@
 """Run one instance of the MLflow server, or migrate its database, in this very process.
 
+Versions from 2.22 on are served: the FastAPI application where there is one, else the Flask application alone.
+
 `mlflow server` keeps a whole second interpreter alive as the parent of its workers and hands its settings to
 them in their environment, where `ps` shows them. Here the settings come from the unit's EnvironmentFile, the
 secrets from systemd credentials, and both stay in this process.
 
-Usage: launcher.py serve INSTANCE | migrate | rewrap | check-settings FILE
+Usage: launcher.py serve INSTANCE | migrate | upgrade | schema SINCE | rewrap | check-settings FILE
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import pathlib
 import re
 import socket
 import sys
+import time
 import typing
 import uuid
 
@@ -28,6 +31,11 @@ ELSEWHERE |= {"PGSSLROOTCERT", "PGSSLMODE", "PGAPPNAME", "PGCONNECT_TIMEOUT", "P
 ELSEWHERE |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
 # The launcher's own.
 OURS = {"MLFLOW_KIT_SHUTDOWN_SECONDS", "MLFLOW_KIT_AUTH_DATABASE_URI"}
+# What the kit sets for every version, whether the installed one reads it or not.
+OURS |= {"MLFLOW_CRYPTO_KEK_VERSION", "MLFLOW_CRYPTO_KEK_PASSPHRASE", "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"}
+OURS |= {"MLFLOW_SERVER_ALLOWED_HOSTS", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", "MLFLOW_SERVER_X_FRAME_OPTIONS"}
+OURS |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "MLFLOW_DISABLE_TELEMETRY"}
+OURS |= {"MLFLOW_ENABLE_MULTIPART_UPLOAD", "MLFLOW_ENABLE_MULTIPART_DOWNLOAD"}
 # What the command line of the server hands to its workers: public name to the internal one.
 HANDED = {
     "MLFLOW_BACKEND_STORE_URI": "BACKEND_STORE_URI_ENV_VAR",
@@ -173,24 +181,34 @@ def _opens(unwrap: typing.Callable[[bytes, bytes], bytes], wrapped: bytes, key: 
     return True
 
 
-def _source(package: str, *parts: str) -> str:
-    """The text of a file of an installed package, without importing the package."""
+def _folder(package: str) -> pathlib.Path:
+    """The folder of an installed package, without importing it."""
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         sys.exit(f"{sys.prefix} holds no {package}")
-    return pathlib.Path(found.origin).parent.joinpath(*parts).read_text()
+    return pathlib.Path(found.origin).parent
+
+
+def _source(package: str, *places: str) -> str:
+    """The text of those files of an installed package, given by their paths in it, that this version has."""
+    paths = [_folder(package) / place for place in places]
+    return "\n".join(path.read_text() for path in paths if path.exists())
+
+
+# Where the internal names stand: in a module of their own from 3.5 on.
+INTERNAL = ("server/constants.py", "server/__init__.py")
 
 
 def internal_names() -> dict[str, str]:
     """Public name to the name that the installed version hands to its workers.
 
-    Raises SystemExit when the version no longer has one of them.
+    Raises SystemExit when the version does not know one that is set.
     """
-    found = dict(re.findall(r'^([A-Z_]+) = "([^"]+)"', _source("mlflow", "server", "constants.py"), re.MULTILINE))
-    missing = sorted(set(HANDED.values()) - set(found))
+    found = dict(re.findall(r'^([A-Z_]+) = "([^"]+)"', _source("mlflow", *INTERNAL), re.MULTILINE))
+    missing = sorted(public for public, constant in HANDED.items() if constant not in found and os.environ.get(public))
     if missing:
-        sys.exit(f"the installed MLflow has no {', '.join(missing)} in mlflow/server/constants.py")
-    return {public: found[constant] for public, constant in HANDED.items()}
+        sys.exit(f"the installed MLflow has nothing that {', '.join(missing)} could be handed to")
+    return {public: found[constant] for public, constant in HANDED.items() if constant in found}
 
 
 def known_names() -> set[str]:
@@ -202,9 +220,9 @@ def known_names() -> set[str]:
     settings = _source("mlflow", "environment_variables.py")
     names |= set(re.findall(r'Variable\(\s*"(_?MLFLOW_[A-Z0-9_]+)"', settings))
     names |= set(re.findall(r"^(MLFLOW_[A-Z0-9_]+) = ", settings, re.MULTILINE))
-    for path in (("cli", "__init__.py"), ("utils", "cli_args.py")):
-        names |= set(re.findall(r'envvar="([A-Z0-9_]+)"', _source("mlflow", *path)))
-    names |= set(re.findall(r'"(MLFLOW_[A-Z_]+)"', _source("mlflow", "server", "constants.py")))
+    options = _source("mlflow", "cli/__init__.py", "cli.py", "utils/cli_args.py")
+    names |= set(re.findall(r'envvar="([A-Z0-9_]+)"', options))
+    names |= set(re.findall(r'"(MLFLOW_[A-Z_]+)"', _source("mlflow", *INTERNAL)))
     return names | set(re.findall(r"'(AWS_[A-Z0-9_]+)'", _source("botocore", "configprovider.py")))
 
 
@@ -228,6 +246,132 @@ def notify(state: str) -> None:
             channel.sendall(state.encode())
 
 
+def revisions(*folders: str) -> tuple[set[str], str]:
+    """The revisions of a schema that the installed MLflow knows, and the newest of them.
+
+    Read from the migrations' own files in `folders` of the package: importing MLflow would take seconds. The
+    newest is empty when this version keeps no such schema. Raises SystemExit when there is not exactly one.
+    """
+    known: set[str] = set()
+    earlier: set[str] = set()
+    for path in _folder("mlflow").joinpath(*folders).glob("*.py"):
+        text = path.read_text()
+        for name, value in re.findall(r"^(revision|down_revision)(?::[^=]+)? = (.+)$", text, re.MULTILINE):
+            (known if name == "revision" else earlier).update(re.findall(r"[\"']([0-9a-z_]+)[\"']", value))
+    newest = known - earlier
+    if len(newest) > 1:
+        sys.exit(f"the installed MLflow's migrations in {'/'.join(folders)} have {len(newest)} ends instead of one")
+    return known, "".join(newest)
+
+
+def _found_revision(uri: str, table: str) -> str:
+    """The revision that a database says it has in `table`; empty for a database without tables."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool)
+    with engine.connect() as connection:
+        if not sqlalchemy.inspect(connection).has_table(table):
+            return ""
+        rows = connection.execute(sqlalchemy.text(f"SELECT version_num FROM {table}")).fetchall()
+    return ",".join(sorted(row[0] for row in rows))
+
+
+def schemas() -> list[dict[str, typing.Any]]:
+    """Each database of the service: `name`, `found` and `wanted` revision, and whether this MLflow knows `found`."""
+    uri, users = os.environ["MLFLOW_BACKEND_STORE_URI"], os.environ.get("MLFLOW_KIT_AUTH_DATABASE_URI", "")
+    places = [("tracking", uri, "alembic_version", ("store", "db_migrations", "versions"))]
+    if users:
+        places.append(("users", users, "alembic_version_auth", ("server", "auth", "db", "migrations", "versions")))
+    told = []
+    for name, where, table, folders in places:
+        known, wanted = revisions(*folders)
+        found = _found_revision(where, table)
+        if not found and where != uri:  # as versions before 3.10 name it, in a database of its own
+            found = _found_revision(where, "alembic_version")
+        told.append({"name": name, "found": found, "wanted": wanted, "known": not found or found in known})
+    return told
+
+
+def _written_since(uri: str, seconds: float) -> dict[str, int]:
+    """How many runs and model versions have begun since a time (seconds since the epoch)."""
+    import sqlalchemy
+
+    asked = {"runs": ("runs", "start_time"), "model versions": ("model_versions", "creation_time")}
+    found = {}
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool)
+    with engine.connect() as connection:
+        for words, (table, column) in asked.items():
+            count = sqlalchemy.text(f"SELECT count(*) FROM {table} WHERE {column} >= :since")
+            if sqlalchemy.inspect(connection).has_table(table):
+                found[words] = int(connection.execute(count, {"since": int(seconds * 1000)}).scalar_one())
+    return found
+
+
+def schema(since: float) -> None:
+    """Print what the installed MLflow is and how its schema stands to that of the database, as JSON. Run by root.
+
+    `since` (seconds since the epoch; 0 for none) adds what was written after that.
+    """
+    for line in pathlib.Path("/etc/mlflow/mlflow.env").read_text().splitlines():
+        name, _, value = line.partition("=")
+        if name.startswith("MLFLOW_"):
+            os.environ[name] = value.strip('"').replace('\\"', '"').replace("\\\\", "\\")
+    os.environ["PGPASSFILE"] = "/etc/mlflow/pgpass"
+    os.environ["PGCONNECT_TIMEOUT"] = "10"
+    version = re.findall(r'^VERSION\b[^"]*"([^"]+)"', _source("mlflow", "version.py"), re.MULTILINE)[0]
+    told = schemas()
+    print(
+        json.dumps(
+            {
+                "version": version,
+                "prefix": sys.prefix,
+                "schemas": told,
+                # What a database without tables has is not a change.
+                "changes": any(one["found"] and one["found"] != one["wanted"] for one in told),
+                "known": all(one["known"] for one in told),
+                "found": "/".join(one["found"] for one in told),
+                "wanted": "/".join(one["wanted"] for one in told),
+                "written": _written_since(os.environ["MLFLOW_BACKEND_STORE_URI"], since) if since else {},
+            }
+        )
+    )
+
+
+def refuse_a_change() -> None:
+    """End this process when the database holds another schema than the installed version's.
+
+    A deployment migrates new databases only; what holds data is migrated by the upgrade, with its way back.
+    """
+    behind = [one for one in schemas() if one["found"] and one["found"] != one["wanted"]]
+    for one in behind:
+        log.error(
+            "the %s database has the schema %s, this MLflow wants %s: run playbooks/upgrade.yml, which saves the "
+            "database first and has a way back",
+            one["name"],
+            one["found"],
+            one["wanted"],
+        )
+    if behind:
+        sys.exit(1)
+
+
+def wait_for_go(seconds: int = 900) -> None:
+    """Import what a migration needs, and wait for the file `go` in the unit's runtime directory.
+
+    The imports take seconds in which nobody need wait. Raises SystemExit when no word comes.
+    """
+    import alembic.command  # noqa: F401
+    import mlflow.cli  # noqa: F401
+    import mlflow.store.db.utils  # noqa: F401
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+    go, end = pathlib.Path(os.environ["RUNTIME_DIRECTORY"]) / "go", time.monotonic() + seconds
+    while not go.exists():
+        if time.monotonic() > end:
+            sys.exit(f"no word to begin came within {seconds} s")
+        time.sleep(0.05)
+
+
 def migrate() -> None:
     """Bring the database to the installed version's schema, one host at a time.
 
@@ -243,13 +387,21 @@ def migrate() -> None:
         lock = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool).connect()
         lock.execute(sqlalchemy.text("SELECT pg_advisory_lock(hashtext('mlflow-kit'))"))
     log.info("migrating the schema to MLflow %s", mlflow.__version__)
+    from mlflow.store.db import utils
+
+    if not hasattr(utils, "_is_empty_database") and not _found_revision(uri, "alembic_version"):
+        # Earlier versions' command leaves the first tables to the server.
+        utils._initialize_tables(utils.create_sqlalchemy_engine_with_retry(uri))
     mlflow.cli.cli(["db", "upgrade", uri], standalone_mode=False)
     users = os.environ.get("MLFLOW_KIT_AUTH_DATABASE_URI", "")
     if users:
         from mlflow.server import auth
 
         log.info("migrating the database of users, and making the first of them")
-        auth.bootstrap_admin_user()
+        if hasattr(auth, "bootstrap_admin_user"):
+            auth.bootstrap_admin_user()
+        else:
+            auth.create_app()
     if lock is not None:
         lock.close()
     # Which login it was done by does not matter: rotations change that.
@@ -300,16 +452,24 @@ def serve(instance: int) -> None:
     import uvicorn
     from mlflow.server import handlers
 
+    app: typing.Any
     if os.environ.get("MLFLOW_KIT_AUTH_DATABASE_URI"):
         from mlflow.server.auth import create_app
 
         app = create_app()
-    else:
+    elif _source("mlflow", "server/fastapi_app.py"):
         from mlflow.server.fastapi_app import app
+    else:
+        from mlflow.server import app
+    if type(app).__name__ == "Flask":
+        from a2wsgi import WSGIMiddleware
 
+        app = WSGIMiddleware(app, workers=40)
+
+    # Refused when the settings are written; after a way back to an older version it serves all the same.
     stray = unread(os.environ)
     if stray:
-        sys.exit(f"the installed MLflow reads no {', '.join(stray)}: correct mlflow_environment")
+        log.error("the installed MLflow reads no %s: correct mlflow_environment", ", ".join(stray))
     if not _true("MLFLOW_ARTIFACTS_ONLY"):
         notify("STATUS=opening the stores")
         handlers.initialize_backend_stores(
@@ -344,8 +504,19 @@ def serve(instance: int) -> None:
     Server(config).run()
 
 
+def stay_in_place() -> None:
+    """Go on under the environment's own path, when it was reached by a link.
+
+    What is imported later would else come from wherever the link leads by then: from another version.
+    """
+    real = os.path.realpath(sys.prefix)
+    if real != sys.prefix:
+        os.execv(f"{real}/bin/python", [f"{real}/bin/python", *sys.argv])
+
+
 def main() -> None:
     """Do what the command line says."""
+    stay_in_place()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     if len(sys.argv) == 3 and sys.argv[1] == "serve":
         accept_further(load_secrets())
@@ -354,9 +525,15 @@ def main() -> None:
         further = load_secrets()
         accept_further(further)
         rewrap(further)
-    elif sys.argv[1:] == ["migrate"]:
+    elif sys.argv[1:] in (["migrate"], ["upgrade"]):
         load_secrets()
+        if sys.argv[1] == "migrate":
+            refuse_a_change()
+        else:
+            wait_for_go()
         migrate()
+    elif len(sys.argv) == 3 and sys.argv[1] == "schema":
+        schema(float(sys.argv[2]))
     elif len(sys.argv) == 3 and sys.argv[1] == "check-settings":
         stray = unread(names_in(pathlib.Path(sys.argv[2])))
         if stray:
