@@ -46,6 +46,7 @@ def authority(folder: pathlib.Path, name: str, *subject: str) -> dict[str, str]:
     """An authority and a certificate by it, all in PEM: `ca`, `crt`, `key`."""
     run = {"cwd": folder, "check": True, "capture_output": True}
     new = "openssl req -x509 -nodes -days 2 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -subj /CN=authority"
+    new += " -addext keyUsage=critical,keyCertSign,cRLSign"
     subprocess.run([*new.split(), "-keyout", f"{name}-ca.key", "-out", f"{name}-ca.crt"], **run)  # type: ignore[call-overload]
     new = f"openssl req -x509 -nodes -days 2 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -CA {name}-ca.crt"
     more = ["-CAkey", f"{name}-ca.key", "-keyout", f"{name}.key", "-out", f"{name}.crt", *subject]

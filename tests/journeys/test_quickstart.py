@@ -186,7 +186,7 @@ def recovered(site: Site, seconds: int = 120) -> float:
     [
         "kill -9 $(systemctl show -p MainPID --value mlflow@1)",
         "systemctl kill -s KILL mlflow@1 mlflow@2",
-        "systemctl kill -s KILL postgresql@*-main",
+        "systemctl kill -s KILL 'postgresql@*-main.service'",
         "systemctl kill -s KILL swift-proxy swift-object swift-container swift-account",
         "systemctl kill -s KILL nginx",
         "reboot",
@@ -197,11 +197,15 @@ def test_it_survives(site: Site, blow: str) -> None:
     assert site.python(ARTIFACT).endswith("True")
     host = site.host(site.machine)
     start_load(site, writers=1, readers=0)
+    processes = "systemctl show -p MainPID --value mlflow@1 'postgresql@*-main.service' swift-proxy nginx"
+    before = host.check_output(processes).split()
+    assert len(before) == 4
     if blow == "reboot":
         vm.restart(site.machine)
     else:
         host.check_output(blow)
     took = recovered(site)
+    assert set(before) != set(host.check_output(processes).split()), "nothing was killed"
     time.sleep(2)
     figures = stop_load(site)
     print(f"{blow}: a run was logged again after {took:.1f} s; {figures}")
