@@ -95,6 +95,7 @@ def locked(options: argparse.Namespace, settings: Settings) -> None:
         verbs.begin_restore(settings, options.time, not options.no_save)
         verbs.restore_database(settings, options.time, options.timeline)
         verbs.restore_bucket(settings, options.time)
+        verbs.restored()
     elif options.verb == "end-restore":
         print(json.dumps(verbs.end_restore(settings)))
 

@@ -32,6 +32,8 @@ from kit_backup.common import (
 from kit_backup.database import Database, NotRecovered, compare, describe, summary
 
 KEPT_DIFFERENCES = 20
+# The data are half there; they are whole, and what uses them has not been seen well yet.
+UNENDED = ("under way", "restored")
 PENDING = STATE / "backup.owner.new"
 LOG = pathlib.Path("/var/log/mlflow-kit-backup-recovery.log")
 
@@ -95,6 +97,8 @@ def take(settings: Settings, only_bucket: bool) -> dict[str, Any]:
     try:
         _take(settings, only_bucket, state)
         state["result"] = "ok"
+        if (after := read_state("restore.json")).get("result") == "restored":
+            write_state("restore.json", {**after, "result": "ok", "finished": iso(now())})
     except Failed as error:
         state["error"] = str(error)
         raise
@@ -318,7 +322,7 @@ def check_restore(settings: Settings, text: str, confirmation: str, timeline: st
         plan["bucket_copied"] = iso(time.mktime(time.strptime(catalogs[-1], ID)) - time.timezone)
     _check_disk(settings, database, plan)
     plan["holds"] = _holds(settings, database)
-    resumed = read_state("restore.json").get("result") == "under way"
+    resumed = read_state("restore.json").get("result") in UNENDED
     if plan["holds"] and not resumed and confirmation != settings.held["site"]:
         raise Failed(
             f"this host holds data: {plan['holds']}. The restore puts {plan['to']} in their place",
@@ -399,7 +403,7 @@ def _holds(settings: Settings, database: Database | None) -> str:
 def begin_restore(settings: Settings, text: str, save: bool) -> None:
     """Save what is there now, so that this can be taken back, and mark the restore as begun. Raises Failed."""
     state = read_state("restore.json")
-    if state.get("result") != "under way":
+    if state.get("result") not in UNENDED:
         if save and settings.owner() == settings.own_mark():
             database = database_of(settings)
             if database:
@@ -479,6 +483,11 @@ def restore_bucket(settings: Settings, text: str) -> None:
         f"removed, in {time.monotonic() - began:.1f} s",
         flush=True,
     )
+
+
+def restored() -> None:
+    """Remember that the data are whole: the same restore may be run again, and backups may go on."""
+    write_state("restore.json", {**read_state("restore.json"), "result": "restored"})
 
 
 def end_restore(settings: Settings) -> dict[str, Any]:
