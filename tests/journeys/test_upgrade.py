@@ -134,7 +134,8 @@ print(json.dumps({
     "users": sorted(l.split(":")[0] for l in lines("getent passwd; getent group")),
     "packages": sorted(l for l in lines("dpkg-query -W -f '${Package} ${db:Status-Status}\n'")
                        if l.endswith(" installed")),
-    "units": sorted(l.split()[0] for l in lines("systemctl list-unit-files --no-legend") if l),
+    "units": sorted(l.split()[0] for l in lines("systemctl list-unit-files --no-legend")
+                    if l and not l.startswith("session-")),
     "active": sorted(l.split()[0] for l in lines("systemctl list-units --no-legend --plain --type=service,timer,socket")
                      if l and "session" not in l and "user" not in l),
     "ports": sorted({l.split()[3] for l in lines("ss -Htln") if l}),
