@@ -393,6 +393,10 @@ def migrate() -> None:
         # Earlier versions' command leaves the first tables to the server.
         utils._initialize_tables(utils.create_sqlalchemy_engine_with_retry(uri))
     mlflow.cli.cli(["db", "upgrade", uri], standalone_mode=False)
+    # Instances that start on a new database at once would all make the first experiment, and all but one fail.
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    SqlAlchemyStore(uri, artifact_root())
     users = os.environ.get("MLFLOW_KIT_AUTH_DATABASE_URI", "")
     if users:
         from mlflow.server import auth
@@ -411,6 +415,15 @@ def migrate() -> None:
     )
 
 
+def artifact_root() -> str:
+    """Where experiments keep their artifacts when they name no place of their own."""
+    from mlflow.utils.server_cli_utils import resolve_default_artifact_root
+
+    named = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT", "")
+    uri = os.environ.get("MLFLOW_BACKEND_STORE_URI", "")
+    return named or str(resolve_default_artifact_root(_true("MLFLOW_SERVE_ARTIFACTS"), "", uri))
+
+
 def _start_jobs(handed: dict[str, str], address: str) -> None:
     from mlflow.server.jobs.utils import _check_requirements, _launch_job_execution_runner
 
@@ -427,13 +440,10 @@ def serve(instance: int) -> None:
     systemd learns that the instance is ready only when it listens and both stores have answered. Raises
     SystemExit for settings that the version does not read; the stores' own errors when they do not answer.
     """
-    from mlflow.utils.server_cli_utils import resolve_default_artifact_root
-
     notify("STATUS=importing")
     artifacts = _true("MLFLOW_SERVE_ARTIFACTS")
     uri = os.environ.get("MLFLOW_BACKEND_STORE_URI", "")
-    if not os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT"):
-        os.environ["MLFLOW_DEFAULT_ARTIFACT_ROOT"] = resolve_default_artifact_root(artifacts, "", uri)
+    os.environ["MLFLOW_DEFAULT_ARTIFACT_ROOT"] = artifact_root()
     os.environ["MLFLOW_SERVE_ARTIFACTS"] = "true" if artifacts else ""
     os.environ["MLFLOW_ARTIFACTS_ONLY"] = "true" if _true("MLFLOW_ARTIFACTS_ONLY") else ""
     os.environ.setdefault("MLFLOW_REGISTRY_STORE_URI", uri)
