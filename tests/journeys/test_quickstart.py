@@ -75,26 +75,35 @@ def test_only_ssh_and_the_gateway_answer(site: Site) -> None:
 import asyncio, resource, sys
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-async def probe(host, port, gate):
-    async with gate:
-        try:
-            # What the firewall drops never answers: many at once, and not for long.
-            _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 2)
-            writer.close()
-            return port
-        except (OSError, asyncio.TimeoutError):
-            return None
+async def probe(host, port):
+    try:
+        # What the firewall drops never answers: many at once, and not for long.
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 2)
+        writer.close()
+        return port
+    except (OSError, asyncio.TimeoutError):
+        return None
+async def scan(host):
+    found = set()
+    for start in range(1, 65536, 3000):
+        for attempt in range(5):
+            # On a busy machine an open port, too, may not answer in time: a part counts if the gateway's did.
+            ports = [443, *range(start, min(start + 3000, 65536)), 443]
+            open_ports = await asyncio.gather(*(probe(host, port) for port in ports))
+            found |= {port for port in open_ports if port}
+            if open_ports[0] and open_ports[-1]:
+                break
+        else:
+            sys.exit(f"{host} did not answer in time at all")
+    print(host, *sorted(found))
 async def main():
-    for host in sys.argv[1:]:
-        gate = asyncio.Semaphore(5000)
-        found = await asyncio.gather(*(probe(host, port, gate) for port in range(1, 65536)))
-        print(host, *[port for port in found if port])
+    await asyncio.gather(*map(scan, sys.argv[1:]))
 asyncio.run(main())
 """
     vm.write(site.client, "/root/scan.py", scan.encode())
     addresses = vm.addresses(site.machine)
     out = vm.execute(site.client, "python3", "/root/scan.py", *addresses)
-    assert out.splitlines() == [f"{address} 22 443" for address in addresses]
+    assert sorted(out.splitlines()) == sorted(f"{address} 22 443" for address in addresses)
 
 
 @pytest.mark.parametrize(
