@@ -302,6 +302,8 @@ function theme(name) {
 }
 
 function build(held) {
+  // The page has legends of its own; dygraphs' would need inline styles, which the gateway's policy forbids.
+  window.Dygraph.PLUGINS = window.Dygraph.PLUGINS.filter((plugin) => plugin !== window.Dygraph.Plugins.Legend);
   state.tiles = held.tiles.map((about) => {
     const value = element('div', { class: 'value' }, '–');
     const box = element('article', { class: 'card tile' }, element('h3', {}, about.title), value, element('p', {}, about.words));
@@ -309,7 +311,7 @@ function build(held) {
     return { about, box, value };
   });
   for (const section of held.sections) {
-    const panels = element('div', { class: 'panels' });
+    const panels = element('div', { class: 'panels', 'data-columns': section.panels.length % 4 ? '3' : '4' });
     byId('sections').append(element('section', {}, element('h2', {}, section.title), panels));
     for (const panel of section.panels) {
       const canvas = element('div', { class: 'canvas' });
