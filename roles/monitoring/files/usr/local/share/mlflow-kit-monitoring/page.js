@@ -168,7 +168,7 @@ function draw(shown, found, when) {
     gridLineColor: style.getPropertyValue('--grid').trim(),
     axisLineColor: style.getPropertyValue('--line').trim(),
     axes: {
-      x: { axisLabelWidth: 62, pixelsPerLabel: 74 },
+      x: { axisLabelWidth: 62, pixelsPerLabel: 58 },
       y: { axisLabelWidth: 62, pixelsPerLabel: 34, axisLabelFormatter: (value) => written(value, panel.unit) },
     },
   };
@@ -318,7 +318,8 @@ function build(held) {
       const nothing = element('div', { class: 'nothing' });
       const list = element('ul', { class: 'legend' });
       panels.append(element('article', { class: 'card panel', 'data-title': `${section.title}: ${panel.title}` },
-        element('h3', {}, panel.title), element('span', { class: 'unit' }, { '/s': 'per second', s: 'time', B: 'bytes', 'B/s': 'bytes per second', '%': '%', '': 'count' }[panel.unit]),
+        element('span', { class: 'unit' }, { '/s': 'per second', s: 'seconds', B: 'bytes', 'B/s': 'bytes/s', '%': '%', '': 'count' }[panel.unit]),
+        element('h3', { title: panel.title }, panel.title),
         element('p', { class: 'words', title: panel.words }, panel.words), element('div', { class: 'plot' }, canvas, nothing), list));
       state.panels.push({ panel, canvas, nothing, list, plot: null, names: [], rows: [], hovered: false });
     }
