@@ -52,7 +52,10 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
             "tasks": [
                 {
                     "name": "Render",
-                    "ansible.builtin.template": {"src": str(ROLE / f"templates/{source}.j2"), "dest": f"{folder}/{name}"}
+                    "ansible.builtin.template": {
+                        "src": str(ROLE / f"templates/{source}.j2"),
+                        "dest": f"{folder}/{name}",
+                    }
                     | more,
                 }
                 for source, name, more in (

@@ -99,7 +99,9 @@ def _gateway(host: str, found: Mapping[str, Any]) -> list[Row]:
 def _alerts(host: str, found: Mapping[str, Any], now: datetime.datetime) -> list[Row]:
     if not found["up"]:
         return [{"state": BAD, "host": host, "what": "monitoring", "words": found["why"]}]
-    words = f"{found['reached']} of {found['targets']} sources answer, {len(found['alerts'])} of {found['rules']} alerts"
+    words = (
+        f"{found['reached']} of {found['targets']} sources answer, {len(found['alerts'])} of {found['rules']} alerts"
+    )
     state = OK if found["reached"] == found["targets"] else WARN
     rows = [{"state": state, "host": host, "what": "monitoring", "words": words}]
     for alert in found["alerts"]:

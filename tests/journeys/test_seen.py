@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import re
 import shlex
 import shutil
 import time
@@ -203,7 +204,7 @@ def test_the_status_tells_of_alerts(site: Site, tmp_path: pathlib.Path) -> None:
     rows = {row["what"]: row for row in json.loads((tmp_path / "status.json").read_text())["rows"]}
     assert rows["alert InstanceDown"]["state"] == "BAD"
     assert "mlflow@2 does not answer" in rows["alert InstanceDown"]["words"]
-    assert rows["monitoring"]["words"].startswith("10 of 10 sources answer, 1 of ")
+    assert re.match(r"(\d+) of \1 sources answer, 1 of \d+ alerts", rows["monitoring"]["words"])
     quiet(site)
 
 
@@ -229,7 +230,14 @@ def test_a_failed_drill_and_an_old_backup_are_told(site: Site) -> None:
     quiet(site)
 
 
-READ = ("query?query=up", "query_range?query=up&start=0&end=60&step=60", "rules", "alerts", "labels", "label/job/values")
+READ = (
+    "query?query=up",
+    "query_range?query=up&start=0&end=60&step=60",
+    "rules",
+    "alerts",
+    "labels",
+    "label/job/values",
+)
 NOT_READ = (
     "targets",
     "status/config",

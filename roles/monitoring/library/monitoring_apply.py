@@ -114,7 +114,9 @@ class Host:
             for wanted in files:
                 path = pathlib.Path(stage + wanted["path"])
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(wanted["content"].encode().replace(b"/etc/prometheus/", f"{stage}/etc/prometheus/".encode()))
+                path.write_bytes(
+                    wanted["content"].encode().replace(b"/etc/prometheus/", f"{stage}/etc/prometheus/".encode())
+                )
             for check in checks:
                 program = self.module.get_bin_path(check[0])
                 if not program and self.dry:
@@ -166,7 +168,11 @@ class Host:
         """Stop and disable `units`, delete `files`."""
         for name in units:
             state = self.show(name, "LoadState", "UnitFileState", "ActiveState")
-            on = state.get("UnitFileState") == "enabled" or state.get("ActiveState") in ("active", "activating", "failed")
+            on = state.get("UnitFileState") == "enabled" or state.get("ActiveState") in (
+                "active",
+                "activating",
+                "failed",
+            )
             if state.get("LoadState") == "not-found" or not on:
                 continue
             self.done.append(f"stopped {name}")

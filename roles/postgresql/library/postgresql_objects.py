@@ -252,7 +252,9 @@ class Plan:
             self.before.append(f"GRANT pg_monitor TO {role}; COMMENT ON ROLE {role} IS {literal(MARK)};")
         for name in sorted(set(found) - set(wanted)):
             self.words.append(f"let {name} read no more statistics")
-            self.after.append(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = {literal(name)};")
+            self.after.append(
+                f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = {literal(name)};"
+            )
             self.after.append(f"DROP ROLE {identifier(name)};")
 
     def _plan_database(self, found: dict[str, Any], inside: dict[str, Any]) -> None:

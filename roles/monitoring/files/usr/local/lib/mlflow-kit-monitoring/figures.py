@@ -17,7 +17,9 @@ from typing import Any
 
 KIT = pathlib.Path("/var/lib/mlflow-kit")
 PROC = pathlib.Path("/proc")
-UNIT = re.compile(r"/(?:system\.slice/)?(?:system-[^/]+\.slice/)?((?:mlflow|postgresql|swift|nginx|memcached|prometheus|mtail|object-store)[^/]*)\.service")
+UNIT = re.compile(
+    r"/(?:system\.slice/)?(?:system-[^/]+\.slice/)?((?:mlflow|postgresql|swift|nginx|memcached|prometheus|mtail|object-store)[^/]*)\.service"
+)
 
 
 def seconds(moment: str) -> float:
