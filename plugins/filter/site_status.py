@@ -180,8 +180,8 @@ def site_status(hosts: Mapping[str, Mapping[str, Any]], now: str, site: Mapping[
     """Return a site's status: `state` (the worst), `rows` (state, host, what, words) and what was `found`.
 
     Args:
-        hosts: host name to what its roles' status said: `mlflow`, `postgresql`, `object_store`, `gateway`, `monitoring` (each
-            optional), `disks` (lines of df), `backup` and `drill` (text of their state files, empty for none;
+        hosts: host name to what its roles' status said: `mlflow`, `postgresql`, `object_store`, `gateway`, `monitoring`
+            (each optional), `disks` (lines of df), `backup` and `drill` (text of their state files, empty for none;
             optional), `flags` (`reboot`, `moving`).
         now: the time in ISO 8601 with its zone.
         site: `name`, `url`, `allow` (entries with cidr and description), `rotating` (kinds of secrets).

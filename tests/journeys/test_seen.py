@@ -275,7 +275,7 @@ def test_who_may_not_enter_sees_nothing(site: Site) -> None:
 
 
 def test_the_interface_only_reads_and_only_queries(site: Site) -> None:
-    """What Grafana needs as a data source; nothing of configuration, targets or administration, by whatever spelling."""
+    """What Grafana needs as a data source; nothing of configuration, targets, administration, however it is spelt."""
     client = with_curl(site.client)
     for path in NOT_READ:
         for method in ("GET", "POST", "PUT"):
@@ -290,7 +290,7 @@ def test_the_interface_only_reads_and_only_queries(site: Site) -> None:
 
 
 def test_nothing_listens_beyond_the_machine(site: Site) -> None:
-    """And the programs hold no secret: not in their arguments, not in their environment, not in what everybody reads."""
+    """And the programs hold no secret: not in their arguments or environment, nor in what everybody reads."""
     host = site.host(site.machine)
     listening = host.check_output("ss -Hltnp").splitlines()
     ours = [line for line in listening if "prometheus" in line or "mtail" in line]

@@ -225,11 +225,7 @@ def test_who_is_killed_comes_back(host: Any, unit: str) -> None:
     pid = host.check_output(f"systemctl show -P MainPID {unit}")
     assert host.check_output(f"awk '/^CapEff/ {{print $2}}' /proc/{pid}/status") == "0" * 16
     assert host.run(f"nsenter -t {pid} -m touch /usr/seen").rc != 0, "it could write to the system"
-    score = json.loads(
-        host.check_output(
-            f"systemd-analyze security --json=short {unit} >/dev/null; systemd-analyze security {unit} | tail -1 | sed -E 's/.*: ([0-9.]+).*/\\1/'"
-        )
-    )
+    score = float(host.check_output(f"systemd-analyze security {unit} | tail -1").split(":")[1].split()[0])
     assert score < 3.5
 
 
@@ -289,9 +285,7 @@ def test_it_goes_without_a_trace(host: Any) -> None:
         "-o -path /var/lib/dpkg -o -path /var/lib/apt -o -path /var/lib/systemd \\) -prune -o "
         "\\( -name '*prometheus*' -o -name '*mtail*' -o -name 'mlflow-kit*' \\) -print"
     )
-    assert [
-        line for line in left.splitlines() if not line.endswith("pg_hba.mlflow-kit.conf") and "postgresql" not in line
-    ] == []
+    assert [line for line in left.splitlines() if "postgresql" not in line] == []
     assert host.run("getent passwd prometheus mtail").stdout == ""
     packages = host.run("dpkg-query -W -f '${Package} ${db:Status-Status}\\n' prometheus mtail libjs-dygraphs").stdout
     assert [line for line in packages.splitlines() if line.endswith(" installed")] == []

@@ -146,9 +146,7 @@ class Host:
                 verbs.append("enable")
             if state.get("ActiveState") not in ("active", "activating", "reloading"):
                 verbs.append("start")
-            elif name.endswith(".service") and self._stale(unit, state):
-                verbs.append("restart")
-            elif name.endswith(".timer") and any(f"wrote {path}" in self.done for path in unit["files"]):
+            elif self._stale(unit, state):
                 verbs.append("restart")
             for verb in verbs:
                 self.done.append(f"{verb} {name}")
@@ -159,10 +157,13 @@ class Host:
                         self.module.fail_json(msg=f"systemctl {verb} {name}: {err or out}\n{more}")
 
     def _stale(self, unit: dict[str, Any], state: dict[str, str]) -> bool:
-        age = time.clock_gettime(time.CLOCK_MONOTONIC) - int(state["ExecMainStartTimestampMonotonic"]) / 1e6
-        began = time.time() - age
         paths = [pathlib.Path(path) for path in unit["files"]]
-        return any(f"wrote {path}" in self.done or (path.exists() and path.stat().st_ctime > began) for path in paths)
+        if any(f"wrote {path}" in self.done for path in paths):
+            return True
+        if not unit["name"].endswith(".service"):
+            return False
+        age = time.clock_gettime(time.CLOCK_MONOTONIC) - int(state["ExecMainStartTimestampMonotonic"]) / 1e6
+        return any(path.exists() and path.stat().st_ctime > time.time() - age for path in paths)
 
     def absent(self, units: list[str], files: list[str]) -> None:
         """Stop and disable `units`, delete `files`."""

@@ -9,7 +9,6 @@ import argparse
 import collections
 import datetime
 import json
-import os
 import pathlib
 import re
 from collections.abc import Iterator
@@ -17,9 +16,8 @@ from typing import Any
 
 KIT = pathlib.Path("/var/lib/mlflow-kit")
 PROC = pathlib.Path("/proc")
-UNIT = re.compile(
-    r"/(?:system\.slice/)?(?:system-[^/]+\.slice/)?((?:mlflow|postgresql|swift|nginx|memcached|prometheus|mtail|object-store)[^/]*)\.service"
-)
+KINDS = "mlflow|postgresql|swift|nginx|memcached|prometheus|mtail|object-store"
+UNIT = re.compile(rf"/(?:system\.slice/)?(?:system-[^/]+\.slice/)?((?:{KINDS})[^/]*)\.service")
 
 
 def seconds(moment: str) -> float:
@@ -85,7 +83,7 @@ def main() -> None:
         lines += backups(watched_since(a.folder))
     scratch = a.folder / ".figures.new"
     scratch.write_text("\n".join(lines) + "\n")
-    os.replace(scratch, a.folder / "figures.prom")
+    scratch.replace(a.folder / "figures.prom")
 
 
 if __name__ == "__main__":
