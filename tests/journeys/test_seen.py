@@ -310,9 +310,8 @@ def test_it_is_small(site: Site) -> None:
     host = site.host(site.machine)
     words = host.check_output(
         "for u in prometheus prometheus-node-exporter prometheus-blackbox-exporter prometheus-postgres-exporter "
-        "prometheus-nginx-exporter mtail; do for p in $(cat /sys/fs/cgroup/*/system.slice/$u.service/cgroup.procs "
-        "/sys/fs/cgroup/system.slice/$u.service/cgroup.procs 2>/dev/null | sort -u); do "
-        "awk -v u=$u '/^Pss:/ {print u, $2}' /proc/$p/smaps_rollup; done; done"
+        "prometheus-nginx-exporter mtail; do p=$(systemctl show -P MainPID $u); "
+        "awk -v u=$u '/^Pss:/ {print u, $2}' /proc/$p/smaps_rollup; done"
     )
     units = {line.split()[0]: int(line.split()[1]) / 1024 for line in words.splitlines()}
     print({name: round(size, 1) for name, size in units.items()}, "MB, all:", round(sum(units.values())))
