@@ -131,9 +131,15 @@ def killed(site: Site, unit: str) -> Iterator[None]:
         host.check_output(f"systemctl reset-failed {name}; systemctl start {name}")
 
 
+@functools.cache
+def password(checkout: pathlib.Path, inventory: str) -> str:
+    """The gateway's password; opening the vault for each question would take longer than the question."""
+    return Site(checkout, inventory, "", "", "").secrets()["vault_gateway_password"]
+
+
 def curl(site: Site, machine: str, path: str, *options: str, user: bool = True) -> str:
     """The status with which the gateway answers the client `machine`."""
-    credential = f"-u mlflow:{site.secrets()['vault_gateway_password']}" if user else ""
+    credential = f"-u mlflow:{password(site.checkout, site.inventory)}" if user else ""
     words = " ".join(map(shlex.quote, options))
     command = (
         f"curl -sS --path-as-is -o /dev/null -w '%{{http_code}}' --cacert /root/ca-bundle.crt {credential} {words} "
@@ -346,7 +352,7 @@ def opened(site: Site, browser: Browser, scheme: str, width: int = 1400) -> tupl
     """A window of somebody who is logged in and prefers light or dark."""
     origin = f"https://{site.name}"
     context = browser.new_context(
-        http_credentials={"username": "mlflow", "password": site.secrets()["vault_gateway_password"], "origin": origin},
+        http_credentials={"username": "mlflow", "password": password(site.checkout, site.inventory), "origin": origin},
         base_url=origin,
         viewport={"width": width, "height": 900},
         color_scheme=scheme,  # type: ignore[arg-type]
