@@ -21,8 +21,9 @@ pytestmark = pytest.mark.xdist_group("rotate")
 MACHINE, CLIENT, NETWORK, NAME = "kit-rotate-vm", "kit-rotate-client", "kit-rotate", "rotate.test"
 SUITE = "trixie"
 LOAD = "the-load-s-own-4711"
-CLOSED = ("RemoteDisconnected", "ConnectionResetError", "BrokenPipeError")
 ROTATE = "playbooks/rotate.yml"
+# NGINX's main process as deployed: rotations reload it, which ends no request, and never restart it.
+NGINX: list[str] = []
 PYTHON = "/opt/mlflow/current/bin/python"
 # Tries credentials on the site's machine with clients of others, and prints a word for each: taken or refused.
 KNOCK = """
@@ -195,6 +196,7 @@ def site() -> Iterator[Site]:
     # The client's own call to MLflow's makers is no request to the site.
     vm.write(CLIENT, "/root/client.env", f"{environment}\nMLFLOW_DISABLE_TELEMETRY=true\n".encode())
     vm.write(CLIENT, "/root/ca-bundle.crt", (checkout / "ca-bundle.crt").read_bytes())
+    NGINX[:] = [vm.execute(MACHINE, "systemctl", "show", "-p", "MainPID", "--value", "nginx")]
     vm.write(MACHINE, "/root/knock.py", KNOCK.encode())
     vm.write(MACHINE, "/root/model.py", MODEL.encode())
     vm.execute(
@@ -256,6 +258,7 @@ def healthy(site: Site) -> None:
     host = site.host(site.machine)
     assert host.check_output("systemctl --failed --no-legend --plain") == ""
     assert host.run("grep -q ' down;' /etc/nginx/mlflow-kit/upstreams.conf").rc == 1
+    assert host.check_output("systemctl show -p MainPID --value nginx") == NGINX[0]
     for port in (5001, 5002):
         assert host.check_output(f"python3 -c 'import urllib.request as u; {ask(port)}'") == "200"
 
@@ -267,21 +270,17 @@ def ask(port: int) -> str:
 def quiet(figures: dict[str, Any], kind: str) -> None:
     """Nothing failed, nobody was refused, nothing is lost; say so.
 
-    A connection that stands idle when NGINX reloads is closed: a client that reaches for it at that very moment asks
-    again on a new one, as HTTP has it. That is counted by itself.
+    Idle connections that NGINX closed as it reloaded are counted beside (see kit.load.Ledger): the client's own
+    repeat of such a request was answered, or it would be among the failed ones and somebody had given up.
     """
-    closed = [one for one in figures["failures"] if one.endswith(CLOSED)]
-    failed = figures["failed"] - len(closed)
     print(
-        f"rotate {kind}: {figures['requests']} requests ({figures['requests_s']}/s), {failed} failed,"
-        f" {len(closed)} idle connections closed ({'; '.join(closed)}),"
+        f"rotate {kind}: {figures['requests']} requests ({figures['requests_s']}/s), {figures['failed']} failed,"
+        f" {figures['closed']} idle connections closed ({'; '.join(figures['closings'])}),"
         f" worst {figures['worst_ms']} ms ({figures['worst']}), median {figures['median_ms']} ms,"
         f" {figures['runs']} acknowledged runs, {len(figures['lost'])} lost"
     )
-    assert (failed, figures["refused"], figures["gave_up"]) == (0, 0, []), figures
-    assert len(closed) < 4
-    assert figures["lost"] == []
-    assert figures["requests"] > 100
+    assert (figures["failed"], figures["refused"], figures["gave_up"], figures["lost"]) == (0, 0, [], []), figures
+    assert figures["requests"] > max(100, 200 * figures["closed"])
 
 
 def test_a_dry_run_tells_and_changes_nothing(site: Site) -> None:
@@ -456,12 +455,7 @@ def test_an_emergency_withdraws_before_anything_else(site: Site) -> None:
     healthy(site)
 
 
-UNSEEN = pytest.mark.xfail(reason="not seen to pass as a whole yet: one of its boundaries was", strict=False)
-
-
-@pytest.mark.parametrize(
-    ("kinds", "size"), [("gateway,tokens,tls", 5), ("database,s3", 6), pytest.param("encryption", 4, marks=UNSEEN)]
-)
+@pytest.mark.parametrize(("kinds", "size"), [("gateway,tokens,tls", 5), ("database,s3", 6), ("encryption", 4)])
 def test_a_killed_run_is_completed_by_the_next(site: Site, kinds: str, size: int) -> None:
     """kill -9 of ansible-playbook before a task, for tasks that a fixed seed picks, while clients work."""
     more = ("-e", f"rotate={kinds}", "-e", "rotate_grace_seconds=0")
