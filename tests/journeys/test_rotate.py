@@ -461,7 +461,7 @@ def test_a_killed_run_is_completed_by_the_next(site: Site, kinds: str, size: int
     more = ("-e", f"rotate={kinds}", "-e", "rotate_grace_seconds=0")
     knocked = tuple(kind for kind in kinds.split(",") if kind in credentials(held(site)))
     start_load(site, writers=1, readers=1)
-    tasks = killing.count(site, ROTATE, *more)
+    _, tasks = killing.counted(site, ROTATE, *more)
     for number in killing.sample(len(tasks), size):
         old = held(site)
         at = killing.kill(site, number, ROTATE, *more)
