@@ -292,11 +292,14 @@ def test_an_upgrade_that_cannot_work_changes_nothing(site: Upgradable, blow: str
 
 
 def test_upgrade_with_another_schema(site: Upgradable) -> None:
-    """From 2.22 under load: writes wait, reads go on, clients get over it, and everything is there."""
+    """From 2.22 under load, a backup first: writes wait, reads go on, clients get over it, and everything is there."""
     start_load(site)
-    out = site.playbook(UPGRADE)
+    out = site.playbook(UPGRADE, "-e", "upgrade_backup=true")
     figures = stop_load(site)
     print(f"2.22 to the pin: writes waited {waited(out)} s; {figures}")
+    backup = json.loads(site.host(MACHINE).check_output("cat /var/lib/mlflow-kit/backup.json"))
+    assert (backup["result"], backup["kind"]) == ("ok", "all")
+    (site.checkout / "moment").write_text(backup["finished"])
     assert waited(out) > 0
     assert "writes will wait about" in " ".join(out.split())
     wrong = [line for line in failures(figures) if "POST" not in line or not line.endswith(": 503")]
@@ -305,15 +308,22 @@ def test_upgrade_with_another_schema(site: Upgradable) -> None:
     assert site.settled() == 0
 
 
+def test_restore_brings_an_older_schema_forth(site: Upgradable) -> None:
+    """The backup from before the upgrade: its schema is migrated to that of the live MLflow, and all is there."""
+    confirm = f"restore_time={(site.checkout / 'moment').read_text()} restore_confirm=mlflow"
+    site.playbook("playbooks/restore.yml", "-e", confirm)
+    restored = json.loads(site.host(MACHINE).check_output("cat /var/lib/mlflow-kit/restore.json"))
+    assert restored["result"] == "ok"
+    unharmed(site, version_of(NOW))
+
+
 def test_upgrade_with_the_same_schema(site: Upgradable) -> None:
-    """Another environment of the same version, after a backup of the whole site: not one request fails."""
+    """Another environment of the same version: not one request fails."""
     lock = "requirements/again.txt"
     (site.checkout / lock).write_text("# another environment\n" + (site.checkout / NOW).read_text())
     site.want(lock)
     start_load(site)
-    out = site.playbook(UPGRADE, "-e", "upgrade_backup=true")
-    backup = json.loads(site.host(MACHINE).check_output("cat /var/lib/mlflow-kit/backup.json"))
-    assert (backup["result"], backup["kind"]) == ("ok", "all")
+    out = site.playbook(UPGRADE)
     figures = stop_load(site)
     print(f"the same schema: {figures}")
     assert (waited(out), failures(figures), figures["lost"]) == (0.0, [], [])
