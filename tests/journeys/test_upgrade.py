@@ -192,6 +192,10 @@ def settled(site: Site) -> None:
     pids = host.check_output("systemctl show -p MainPID --value mlflow@1 mlflow@2").split()
     assert {host.check_output(f"readlink -f /proc/{pid}/exe") for pid in pids} == {live}
     assert host.check_output("systemctl --failed --no-legend --plain") == ""
+    # A database that was loaded from a dump is as closed to others as the one before.
+    opened = "SELECT has_database_privilege('public', 'mlflow', 'CONNECT'), datcollate FROM pg_database"
+    asked = f"{opened} WHERE datname = 'mlflow'"
+    assert host.check_output("cd /; runuser -u postgres -- psql -XAtc %s", asked) == "f|C.UTF-8"
 
 
 @pytest.fixture(scope="module")
