@@ -1,7 +1,7 @@
 """kill -9 of ansible-playbook at the boundary of any two tasks, for the tests of what a second run then does.
 
 _, tasks = counted(site, "playbooks/rotate.yml", "-e", "rotate=s3")  # a whole run, and what it consists of
-for number in sample(len(tasks), 15):
+for number in sample(tasks, 15, "Make the new values"):
     at = kill(site, number, "playbooks/rotate.yml", "-e", "rotate=s3")   # the task that did not start any more
     site.playbook("playbooks/rotate.yml")
 """
@@ -9,6 +9,7 @@ for number in sample(len(tasks), 15):
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 import random
 import signal
@@ -56,6 +57,13 @@ def kill(site: Site, number: int, playbook: str, *more: str) -> str:
     return tasks[-1]
 
 
-def sample(tasks: int, size: int, seed: int = 4) -> list[int]:
-    """`size` different numbers of 1 to `tasks`, or all when there are fewer; the same for the same seed."""
-    return sorted(random.Random(seed).sample(range(1, tasks + 1), min(size, tasks)))
+def sample(tasks: list[str], size: int, since: str, seed: int = 4) -> list[int]:
+    """`size` numbers of `tasks`, the same for the same seed.
+
+    The task that begins with `since` is the first that something depends on later: one number lies before it, the
+    others are spread over what follows, one at random in each part of equal length.
+    """
+    chance = random.Random(seed)
+    first = 1 + next(number for number, name in enumerate(tasks) if name.startswith(since))
+    bounds = [first + (len(tasks) + 1 - first) * part // (size - 1) for part in range(size)]
+    return [chance.randrange(1, first), *(chance.randrange(a, b) for a, b in itertools.pairwise(bounds))]

@@ -24,8 +24,8 @@ LOAD = "the-load-s-own-4711"
 ROTATE = "playbooks/rotate.yml"
 # NGINX's main process as deployed: rotations reload it, which ends no request, and never restart it.
 NGINX: list[str] = []
-# Of how many tasks a rotation of these kinds consists, as counted when it ran whole.
-TASKS: dict[str, int] = {}
+# Of which tasks a rotation of these kinds consists, as seen when it ran whole.
+TASKS: dict[str, list[str]] = {}
 PYTHON = "/opt/mlflow/current/bin/python"
 # Tries credentials on the site's machine with clients of others, and prints a word for each: taken or refused.
 KNOCK = """
@@ -355,9 +355,8 @@ def test_an_expired_certificate_is_named_and_rotation_of_tls_cures_it(site: Site
 
 
 def whole(site: Site, kinds: str, *more: str) -> str:
-    """Rotate `kinds` without a blow, remember of how many tasks that consists, and return what was printed."""
-    out, tasks = killing.counted(site, ROTATE, "-e", f"rotate={kinds}", *more)
-    TASKS[kinds] = len(tasks)
+    """Rotate `kinds` without a blow, remember of which tasks that consists, and return what was printed."""
+    out, TASKS[kinds] = killing.counted(site, ROTATE, "-e", f"rotate={kinds}", *more)
     return out
 
 
@@ -473,7 +472,7 @@ def test_a_killed_run_is_completed_by_the_next(site: Site, kinds: str, size: int
     start_load(site, writers=1, readers=1)
     if kinds not in TASKS:
         whole(site, kinds, "-e", "rotate_grace_seconds=0")
-    for number in killing.sample(TASKS[kinds], size):
+    for number in killing.sample(TASKS[kinds], size, "Make the new values"):
         old = held(site)
         at = killing.kill(site, number, ROTATE, *more)
         assert at, "the run ended before it could be killed"
@@ -483,7 +482,8 @@ def test_a_killed_run_is_completed_by_the_next(site: Site, kinds: str, size: int
             site.playbook(ROTATE, "-e", "rotate_grace_seconds=0")
         new = held(site)
         phases = {kind: entry["phase"] for kind, entry in left.items()}
-        print(f"killed before {number}/{TASKS[kinds]} ({at}): {phases}, completed in {time.monotonic() - began:.0f} s")
+        took, of = time.monotonic() - began, len(TASKS[kinds])
+        print(f"killed before {number}/{of} ({at}): {phases}, completed in {took:.0f} s")
         assert new["vault_rotation"] == {}
         changed = flat(old) != flat(new)
         assert changed or not left

@@ -107,11 +107,11 @@ class Upgradable(Site):
         vm.write(self.client, "/root/ca-bundle.crt", (self.checkout / "ca-bundle.crt").read_bytes())
 
     def count(self, playbook: str, *more: str) -> str:
-        """Run a playbook, remember of how many tasks it consists, and return what it printed."""
+        """Run a playbook, remember of which tasks it consists, and return what it printed."""
         out, tasks = counted(self, playbook, *more)
         path = self.checkout / "tasks.json"
         held = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(held | {playbook: len(tasks)}))
+        path.write_text(json.dumps(held | {playbook: tasks}))
         return out
 
     def read(self) -> tuple[str, str]:
@@ -336,7 +336,7 @@ def test_upgrade_with_the_same_schema(site: Upgradable) -> None:
 
 def test_rollback_with_the_same_schema(site: Upgradable) -> None:
     """Back to the environment before: nothing is lost, nothing fails, and site.yml does not go forth again."""
-    start_load(site)
+    start_load(site, writers=1)
     out = site.playbook(ROLLBACK)
     figures = stop_load(site)
     print(f"rollback with the same schema: {figures}")
@@ -372,7 +372,7 @@ def test_upgrade_to_a_version_that_is_broken(site: Upgradable) -> None:
     broken = [f"{path}/mlflow/server/fastapi_app.py" for path in place]
     for path in broken:
         host.check_output(f"cp {path} {path}.good; echo 'raise RuntimeError(42)' > {path}")
-    start_load(site)
+    start_load(site, writers=1)
     out = site.playbook(UPGRADE, check=False)
     figures = stop_load(site)
     print(f"broken and put back: {figures}")
@@ -388,7 +388,8 @@ def test_killed_anywhere_and_run_again(site: Upgradable) -> None:
     """kill -9 at the boundaries of tasks, upgrading and rolling back in turn: the next run ends in a healthy site."""
     confirm = ("-e", "rollback_confirm=true")
     tasks = json.loads((site.checkout / "tasks.json").read_text())
-    ups, backs = sample(tasks[UPGRADE], 8), sample(tasks[ROLLBACK], 7)
+    begun = "Note that the move is begun"
+    ups, backs = sample(tasks[UPGRADE], 8, begun), sample(tasks[ROLLBACK], 7, begun)
     for number, up in enumerate(ups):
         began = time.monotonic()
         start_load(site, writers=1, readers=0)
@@ -396,7 +397,7 @@ def test_killed_anywhere_and_run_again(site: Upgradable) -> None:
         site.playbook(UPGRADE)
         figures = stop_load(site)
         print(
-            f"upgrade killed before {up}/{tasks[UPGRADE]} «{at}»: {figures['runs']} acknowledged, lost"
+            f"upgrade killed before {up}/{len(tasks[UPGRADE])} «{at}»: {figures['runs']} acknowledged, lost"
             f" {figures['lost']}, {time.monotonic() - began:.0f} s"
         )
         assert at, "the run ended before it could be killed"
@@ -407,7 +408,7 @@ def test_killed_anywhere_and_run_again(site: Upgradable) -> None:
             began, back = time.monotonic(), backs[number]
             at = kill(site, back, ROLLBACK, *confirm)
             site.playbook(ROLLBACK, *confirm)
-            print(f"rollback killed before {back}/{tasks[ROLLBACK]} «{at}»: {time.monotonic() - began:.0f} s")
+            print(f"rollback killed before {back}/{len(tasks[ROLLBACK])} «{at}»: {time.monotonic() - began:.0f} s")
             assert at, "the run ended before it could be killed"
             unharmed(site, version_of(MIDDLE))
 
