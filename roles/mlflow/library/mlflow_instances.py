@@ -40,7 +40,7 @@ options:
     default: []
   address: {description: Address that the instances listen on., type: str, required: true}
   first_only:
-    description: Restart the first instance of each lane alone, and take the others out of the gateway until the next run.
+    description: Restart the first instance of each lane alone, and take the others out until the next run.
     type: bool
     default: false
   force: {description: Restart whatever the state., type: bool, default: false}
@@ -51,8 +51,8 @@ RETURN = r"""
 done: {description: "What was done, or would be, in words.", type: list, elements: str, returned: success}
 instances:
   description: >-
-    With O(look), each instance: its unit, its number, whether it is C(active), C(since) (seconds since the epoch), memory in
-    bytes, health as an HTTP status with its time in ms, version, and why a restart is C(pending), if one is.
+    With O(look), each instance: its unit, its number, whether it is C(active), C(since) (seconds since the epoch),
+    memory in bytes, health as an HTTP status with its time in ms, version, and why a restart is C(pending), if one is.
   type: list
   elements: dict
   returned: when only looking

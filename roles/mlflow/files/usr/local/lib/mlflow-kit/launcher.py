@@ -56,9 +56,10 @@ HANDED = {
     "MLFLOW_ARTIFACTS_ONLY": "ARTIFACTS_ONLY_ENV_VAR",
     "MLFLOW_EXPOSE_PROMETHEUS": "PROMETHEUS_EXPORTER_ENV_VAR",
 }
-# Data frames and what computes with them: half of a process's memory, and nothing that the tracking API needs. MLflow
-# itself goes without them where they are not installed.
-UNNEEDED = {"pandas", "pyarrow", "scipy", "sklearn", "matplotlib"}
+# What computes and draws: MLflow goes without it where it is not installed, and no answer of its server needs it.
+UNNEEDED = {"scipy", "sklearn", "matplotlib"}
+# Data frames: half of a process's memory, and nothing that the tracking API needs.
+FRAMES = {"pandas", "pyarrow"}
 log = logging.getLogger("mlflow-kit")
 # Which request of the gateway's log a thread or task is at.
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
@@ -449,7 +450,7 @@ def _start_jobs(handed: dict[str, str], address: str) -> None:
 
 
 def _prepare(kind: str) -> dict[str, str]:
-    """Set up the environment that the command line would hand to a worker of `kind`, and return what was handed over."""
+    """Set up the environment that the command line would hand to a worker of `kind`, and return what it hands over."""
     notify("STATUS=importing")
     artifacts = _true("MLFLOW_SERVE_ARTIFACTS")
     os.environ["MLFLOW_DEFAULT_ARTIFACT_ROOT"] = artifact_root()
@@ -486,11 +487,22 @@ def _open_stores() -> None:
 
 
 class Absent:
-    """Lets the imports of some packages fail as if they were not installed."""
+    """Lets the imports of some packages fail as if they were not installed, for as long as a `with` lasts.
+
+    What a rare request imports later on, it gets.
+    """
 
     def __init__(self, names: set[str]) -> None:
         """Take the packages' names."""
         self.names = names
+
+    def __enter__(self) -> None:
+        """Begin."""
+        sys.meta_path.insert(0, self)  # type: ignore[arg-type]
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
 
     def find_spec(self, name: str, path: typing.Any = None, target: typing.Any = None) -> None:
         """Refuse the packages by the error that an import of a missing one raises."""
@@ -541,24 +553,27 @@ def _settle() -> None:
     gc.set_threshold(10000, 20, 50)
 
 
-def serve(instance: int, first_port: int = 0) -> None:
+def serve(instance: int, further: list[dict[str, typing.Any]], first_port: int = 0) -> None:
     """Serve everything as the `instance`-th on this host (from 1): ports count up from `first_port`, or MLFLOW_PORT.
 
+    `further` is what load_secrets returns.
     systemd learns that the instance is ready only when it listens and both stores have answered. Raises
     SystemExit for settings that the version does not read; the stores' own errors when they do not answer.
     """
-    handed = _prepare("uvicorn")
+    with Absent(UNNEEDED):
+        accept_further(further)
+        handed = _prepare("uvicorn")
+        app: typing.Any
+        if os.environ.get("MLFLOW_KIT_AUTH_DATABASE_URI"):
+            from mlflow.server.auth import create_app
+
+            app = create_app()
+        elif _source("mlflow", "server/fastapi_app.py"):
+            from mlflow.server.fastapi_app import app
+        else:
+            from mlflow.server import app
     import uvicorn
 
-    app: typing.Any
-    if os.environ.get("MLFLOW_KIT_AUTH_DATABASE_URI"):
-        from mlflow.server.auth import create_app
-
-        app = create_app()
-    elif _source("mlflow", "server/fastapi_app.py"):
-        from mlflow.server.fastapi_app import app
-    else:
-        from mlflow.server import app
     if type(app).__name__ == "Flask":
         from a2wsgi import WSGIMiddleware
 
@@ -609,23 +624,19 @@ def rest(instance: int, further: list[dict[str, typing.Any]]) -> None:
     """
     first = int(os.environ["MLFLOW_KIT_REST_PORT"])
     if importlib.util.find_spec("cheroot") is None:
-        accept_further(further)
-        serve(instance, first)
+        serve(instance, further, first)
         return
     users = bool(os.environ.get("MLFLOW_KIT_AUTH_DATABASE_URI"))
-    # MLflow's own users come with the other application, which does not go without.
-    absent = Absent(set() if users else UNNEEDED)
-    sys.meta_path.insert(0, absent)  # type: ignore[arg-type]
-    accept_further(further)
-    _prepare("gunicorn")  # what MLflow calls servers of its Flask application
-    from mlflow.server import app
+    # MLflow's own users come with the other application, which does not go without data frames.
+    with Absent(UNNEEDED if users else UNNEEDED | FRAMES):
+        accept_further(further)
+        _prepare("gunicorn")  # what MLflow calls servers of its Flask application
+        from mlflow.server import app
 
-    if users:
-        from mlflow.server.auth import create_app
+        if users:
+            from mlflow.server.auth import create_app
 
-        create_app(app)
-    # What a rare request imports later on, it gets.
-    sys.meta_path.remove(absent)  # type: ignore[arg-type]
+            create_app(app)
     _open_stores()
     mark_log()
     import cheroot.wsgi
@@ -720,8 +731,7 @@ def main() -> None:
     stay_in_place()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     if len(sys.argv) == 3 and sys.argv[1] == "serve":
-        accept_further(load_secrets())
-        serve(int(sys.argv[2]))
+        serve(int(sys.argv[2]), load_secrets())
     elif len(sys.argv) == 3 and sys.argv[1] == "rest":
         rest(int(sys.argv[2]), load_secrets())
     elif sys.argv[1:] == ["routes"]:
