@@ -8,14 +8,23 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from kit import bench_deploy, bench_gateway, bench_idle, bench_table, quickstart, vm
+from kit import (
+    bench_api,
+    bench_deploy,
+    bench_gateway,
+    bench_idle,
+    bench_table,
+    quickstart,
+    vm,
+)
 from kit.bench_lab import BenchError, Lab, Measurement
 
 # In the order of `all`: what needs a deployed machine takes the one that `deploy` left.
 BENCHES: dict[str, Callable[[Lab, int], Iterator[Measurement]]] = {
     "deploy": bench_deploy.bench,
-    "gateway": bench_gateway.bench,
     "idle": bench_idle.bench,
+    "gateway": bench_gateway.bench,
+    "api": bench_api.bench,
 }
 
 
