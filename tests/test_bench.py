@@ -8,7 +8,18 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from kit import bench, bench_api, bench_deploy, bench_idle, bench_lab, bench_plots, bench_table, vm
+from kit import (
+    bench,
+    bench_api,
+    bench_deploy,
+    bench_idle,
+    bench_lab,
+    bench_noop,
+    bench_plots,
+    bench_rollout,
+    bench_table,
+    vm,
+)
 
 LINE = bench_lab.Measurement("deploy", "case", "s", "lower", 40.004, 80.0, "guide", {"rounds": 1}).line()
 OUTPUT = """
@@ -171,3 +182,26 @@ def test_pictures_are_drawn_from_the_record_alone() -> None:
         float(node.attrib["width"]) for node in root.iter("{http://www.w3.org/2000/svg}rect") if "rx" in node.attrib
     ]
     assert widths[-2:] == [200.0, 400.0]
+
+
+def test_a_run_that_changed_something_is_no_noop() -> None:
+    """The names of the tasks that did, handlers and loops included; the recap's words do not count."""
+    output = OUTPUT + "\nPLAY RECAP ****\nbench : ok=3 changed=1\nchanged: nothing\n"
+    assert bench_noop.changed(output) == ["postgresql : install | Install the packages"]
+    assert bench_noop.changed(output.replace("\nchanged: [bench]", "\nok: [bench]")) == []
+
+
+def test_a_rollouts_added_wait_is_against_the_calm_before() -> None:
+    """Each case has what the restart added to the wait of the same clients on the same side."""
+    calm = {"requests": 100, "failed": 0, "failing_s": 0.0, "seconds": 10.0, "gave_up": []}
+    calm |= {"wait_median_ms": 20.0, "wait_p99_ms": 50.0, "wait_worst_ms": 60.0}
+    kit = {"calm": calm, "through": {**calm, "wait_p99_ms": 80.0, "restart_s": 20.0}}
+    plain = {
+        "calm": calm,
+        "through": {**calm, "failed": 30, "wait_worst_ms": 16000.0, "restart_s": 15.0, "gave_up": ["x"]},
+    }
+    found = {m.case: m.line() for m in bench_rollout.measurements({"kit": [kit], "plain": [plain]}, 1)}
+    assert found["failed requests"]["ratio"] == 0.0 and found["failed requests"]["peer"] == 30
+    assert found["p99 until answered"]["detail"]["kit_added"] == 30.0
+    assert found["worst until answered"]["detail"]["peer_added"] == 15940.0
+    assert found["worst until answered"]["detail"]["peer_gave_up"] == 1
