@@ -19,6 +19,7 @@ import time
 import typing
 
 import mlflow
+import requests
 import urllib3
 from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
@@ -36,12 +37,17 @@ class Ledger:
     def __init__(self) -> None:
         """Start with nothing."""
         self.lock = threading.Lock()
+        self.runs: list[dict[str, typing.Any]] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin the figures anew; the acknowledged runs stay."""
         self.seconds: list[float] = []
+        self.waits: list[float] = []
         self.worst: tuple[float, str] = (0.0, "")
         self.failed: list[str] = []
         self.refused: list[str] = []
         self.failed_between: list[float] = []
-        self.runs: list[dict[str, typing.Any]] = []
         self.gave_up: list[str] = []
 
     def note(self, began: float, words: str, status: int, error: str = "") -> None:
@@ -59,7 +65,7 @@ class Ledger:
     def report(self, began: float) -> dict[str, typing.Any]:
         """Return the figures since `began` (monotonic seconds); times in ms and s."""
         with self.lock:
-            ordered = sorted(self.seconds) or [0.0]
+            ordered, waits = sorted(self.seconds) or [0.0], sorted(self.waits) or [0.0]
             span = time.monotonic() - began
             return {
                 "requests": len(self.seconds),
@@ -74,13 +80,16 @@ class Ledger:
                 "p99_ms": round(ordered[int(len(ordered) * 0.99)] * 1000, 1),
                 "worst_ms": round(self.worst[0] * 1000, 1),
                 "worst": self.worst[1],
+                "wait_median_ms": round(waits[len(waits) // 2] * 1000, 1),
+                "wait_p99_ms": round(waits[int(len(waits) * 0.99)] * 1000, 1),
+                "wait_worst_ms": round(waits[-1] * 1000, 1),
                 "runs": len(self.runs),
                 "gave_up": self.gave_up[:20],
             }
 
 
 def watch(ledger: Ledger) -> None:
-    """Let `ledger` see each request of this process, each try of a retry by itself."""
+    """Let `ledger` see each request of this process: each try, and how long its caller waited for all of them."""
     plain = urllib3.connectionpool.HTTPConnectionPool._make_request
 
     def make_request(
@@ -97,6 +106,17 @@ def watch(ledger: Ledger) -> None:
         return response
 
     urllib3.connectionpool.HTTPConnectionPool._make_request = make_request  # type: ignore[method-assign, assignment]
+    whole = requests.adapters.HTTPAdapter.send
+
+    def send(adapter: requests.adapters.HTTPAdapter, *rest: typing.Any, **more: typing.Any) -> requests.Response:
+        began = time.monotonic()
+        try:
+            return whole(adapter, *rest, **more)
+        finally:
+            with ledger.lock:
+                ledger.waits.append(time.monotonic() - began)
+
+    requests.adapters.HTTPAdapter.send = send  # type: ignore[method-assign, assignment]
 
 
 def write(
@@ -148,9 +168,13 @@ def read(ledger: Ledger, client: MlflowClient, experiment: str, stop: threading.
 
 
 def run(writers: int, readers: int, pause: float, out: pathlib.Path) -> None:
-    """Work until SIGTERM, keeping the report in `out` (JSON) and the acknowledged runs beside it, appended."""
-    ledger, stop = Ledger(), threading.Event()
+    """Work until SIGTERM, keeping the report in `out` (JSON) and the acknowledged runs beside it, appended.
+
+    SIGUSR1 ends a stretch: its report goes to a file beside `out` (.before), and the figures begin anew.
+    """
+    ledger, stop, turn = Ledger(), threading.Event(), threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGUSR1, lambda *_: turn.set())
     watch(ledger)
     client = MlflowClient()
     made = client.get_experiment_by_name(EXPERIMENT)
@@ -167,6 +191,11 @@ def run(writers: int, readers: int, pause: float, out: pathlib.Path) -> None:
     for thread in threads:
         thread.start()
     while not stop.wait(0.3):
+        if turn.is_set():
+            _keep(out.with_suffix(".before"), ledger.report(began))
+            ledger.forget()
+            began = time.monotonic()
+            turn.clear()
         _keep(out, ledger.report(began))
     for thread in threads:
         thread.join(150)
