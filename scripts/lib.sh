@@ -59,3 +59,17 @@ uv_like_pip() {
 need_engine() {
   need_packages podman netavark aardvark-dns runc iptables mmdebstrap debian-archive-keyring openssh-client
 }
+
+# need_promtool: the distribution's promtool is in PATH. Unpacked only: its package would start a Prometheus here.
+need_promtool() {
+  PATH="$KIT_ROOT/.cache/promtool/usr/bin:$PATH"
+  command -v promtool >/dev/null && return 0
+  mkdir -p .cache/promtool
+  (
+    cd .cache/promtool
+    as_root apt-get update -q
+    # Debian 13 has it in a package of its own.
+    apt-get download -q promtool || apt-get download -q prometheus
+    dpkg-deb --fsys-tarfile ./*.deb | tar -x ./usr/bin/promtool
+  ) >"$(log_file promtool)" 2>&1 || { tail -20 "$(log_file promtool)" >&2; return 1; }
+}

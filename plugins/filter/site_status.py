@@ -96,6 +96,23 @@ def _gateway(host: str, found: Mapping[str, Any]) -> list[Row]:
     return [*rows, {"state": state, "host": host, "what": "certificate", "words": words}]
 
 
+def _alerts(host: str, found: Mapping[str, Any], now: datetime.datetime) -> list[Row]:
+    if not found["up"]:
+        return [{"state": BAD, "host": host, "what": "monitoring", "words": found["why"]}]
+    words = (
+        f"{found['reached']} of {found['targets']} sources answer, {len(found['alerts'])} of {found['rules']} alerts"
+    )
+    state = OK if found["reached"] == found["targets"] else WARN
+    rows = [{"state": state, "host": host, "what": "monitoring", "words": words}]
+    for alert in found["alerts"]:
+        # Prometheus writes nanoseconds.
+        age = _since(alert["since"][:19] + "Z", now) or 0.0
+        state = BAD if alert["severity"] == "critical" else WARN
+        words = f"{alert['summary']}, for {_age(age)}"
+        rows.append({"state": state, "host": host, "what": f"alert {alert['name']}", "words": words})
+    return rows
+
+
 def _disks(host: str, lines: Iterable[str]) -> list[Row]:
     """From the lines of `df --output=target,size,avail -B1` below its head; each file system once."""
     rows = []
@@ -151,6 +168,7 @@ def site_host(variables: Mapping[str, Any], backups: bool) -> dict[str, Any]:
         ("postgresql", "status"),
         ("object_store", "status"),
         ("gateway", "status"),
+        ("monitoring", "status"),
     ):
         answer = variables.get(f"{role}_status") or {}
         if key in answer:
@@ -162,8 +180,8 @@ def site_status(hosts: Mapping[str, Mapping[str, Any]], now: str, site: Mapping[
     """Return a site's status: `state` (the worst), `rows` (state, host, what, words) and what was `found`.
 
     Args:
-        hosts: host name to what its roles' status said: `mlflow`, `postgresql`, `object_store`, `gateway` (each
-            optional), `disks` (lines of df), `backup` and `drill` (text of their state files, empty for none;
+        hosts: host name to what its roles' status said: `mlflow`, `postgresql`, `object_store`, `gateway`, `monitoring`
+            (each optional), `disks` (lines of df), `backup` and `drill` (text of their state files, empty for none;
             optional), `flags` (`reboot`, `moving`).
         now: the time in ISO 8601 with its zone.
         site: `name`, `url`, `allow` (entries with cidr and description), `rotating` (kinds of secrets).
@@ -182,6 +200,8 @@ def site_status(hosts: Mapping[str, Mapping[str, Any]], now: str, site: Mapping[
             rows += _database(host, found["postgresql"])
         if "object_store" in found:
             rows += _object_store(host, found["object_store"])
+        if "monitoring" in found:
+            rows += _alerts(host, found["monitoring"], moment)
         rows += _disks(host, found.get("disks", []))
         for kind in ("backup", "drill"):
             if kind in found:

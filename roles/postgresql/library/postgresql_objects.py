@@ -57,6 +57,12 @@ options:
         type: str
         choices: [present, absent]
         default: present
+  monitors:
+    description:
+      - Users of this machine that read the statistics, by peer and without a password. Those that this module made
+        and that are not named here any more are dropped; without this option all stay as they are.
+    type: list
+    elements: str
 author: [mlflow-kit]
 """
 EXAMPLES = r"""
@@ -77,6 +83,7 @@ changes:
 
 SCHEME = "SCRAM-SHA-256"
 ITERATIONS = 4096
+MARK, MONITOR_CONNECTIONS = "reads statistics for mlflow-kit", 5
 PLAIN = "NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS"
 STATE = """
 SELECT json_build_object(
@@ -95,7 +102,15 @@ SELECT json_build_object(
     SELECT json_build_object(
       'owner', pg_get_userbyid(datdba),
       'open', has_database_privilege('public', oid, 'CONNECT, TEMPORARY, CREATE'))
-    FROM pg_database WHERE datname = {database}));
+    FROM pg_database WHERE datname = {database}),
+  'monitors', (
+    SELECT coalesce(json_object_agg(r.rolname, json_build_object(
+      'ours', coalesce(shobj_description(r.oid, 'pg_authid') = {mark}, false),
+      'right', r.rolcanlogin AND r.rolinherit AND r.rolconnlimit = {limit} AND r.rolpassword IS NULL
+        AND NOT (r.rolsuper OR r.rolcreatedb OR r.rolcreaterole OR r.rolreplication OR r.rolbypassrls)
+        AND EXISTS (SELECT FROM pg_auth_members WHERE member = r.oid AND roleid = 'pg_monitor'::regrole))), '{{}}')
+    FROM pg_authid r
+    WHERE r.rolname IN ({monitors}) OR shobj_description(r.oid, 'pg_authid') = {mark}));
 """
 INSIDE = """
 SELECT json_build_object(
@@ -182,6 +197,8 @@ class Plan:
                 self._plan_absent(login["name"])
             else:
                 self._plan_present(login["name"], login["password"])
+        if params["monitors"] is not None:
+            self._plan_monitors(params["monitors"], found["monitors"])
         self._plan_database(found["database"] or {"owner": self.owner, "open": True}, inside)
 
     def _plan_owner(self) -> None:
@@ -224,6 +241,22 @@ class Plan:
         self.after.append(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = {literal(name)};")
         self.after.append(f"DROP ROLE {role};")
 
+    def _plan_monitors(self, wanted: list[str], found: dict[str, Any]) -> None:
+        attributes = f"LOGIN INHERIT {PLAIN} CONNECTION LIMIT {MONITOR_CONNECTIONS} PASSWORD NULL"
+        for name in wanted:
+            role = identifier(name)
+            if found.get(name, {}).get("right") and found[name]["ours"]:
+                continue
+            self.words.append(f"let {name} read statistics")
+            self.before.append(f"{'ALTER' if name in found else 'CREATE'} ROLE {role} {attributes};")
+            self.before.append(f"GRANT pg_monitor TO {role}; COMMENT ON ROLE {role} IS {literal(MARK)};")
+        for name in sorted(set(found) - set(wanted)):
+            self.words.append(f"let {name} read no more statistics")
+            self.after.append(
+                f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = {literal(name)};"
+            )
+            self.after.append(f"DROP ROLE {identifier(name)};")
+
     def _plan_database(self, found: dict[str, Any], inside: dict[str, Any]) -> None:
         database, owner = identifier(self.database), identifier(self.owner)
         if self.create:
@@ -258,7 +291,10 @@ def look(server: Server, params: dict[str, Any]) -> Plan:
     names = {params["owner"], *(login["name"] for login in params["logins"])}
     owner, database = literal(params["owner"]), literal(params["database"])
     listed = ", ".join(map(literal, sorted(names)))
-    found = json.loads(server.sql(STATE.format(owner=owner, database=database, names=listed)))
+    monitors = ", ".join(map(literal, params["monitors"] or [""]))
+    mark, limit = literal(MARK), MONITOR_CONNECTIONS
+    state = STATE.format(owner=owner, database=database, names=listed, monitors=monitors, mark=mark, limit=limit)
+    found = json.loads(server.sql(state))
     inside = json.loads(server.sql(INSIDE.format(owner=owner), params["database"])) if found["database"] else {}
     return Plan(params, found, inside)
 
@@ -283,6 +319,7 @@ def main() -> None:
                 "options": login,
                 "required_if": [("state", "present", ["password"])],
             },
+            "monitors": {"type": "list", "elements": "str"},
         },
         supports_check_mode=True,
     )
