@@ -25,13 +25,17 @@ from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "load"
+# How HTTP/1.1 shows that the other side closed a connection, and within how many seconds if it stood idle there.
+CLOSED, AT_ONCE = ("RemoteDisconnected", "ConnectionResetError", "BrokenPipeError"), 2.0
 
 
 class Ledger:
     """What was asked and answered; safe to be used by many threads.
 
     Requests are counted as failed when the connection breaks or the status is 500 or more, and as refused when
-    it is 401, 403 or 429.
+    it is 401, 403 or 429. One thing is counted by itself, as closed: a server that reloads closes connections that
+    stand idle, and HTTP/1.1 has no way to say so beforehand. Who sends on one at that very moment finds it closed
+    without an answer, and sends again on a new one. A repeat that fails, too, is a failure.
     """
 
     def __init__(self) -> None:
@@ -47,16 +51,23 @@ class Ledger:
         self.worst: tuple[float, str] = (0.0, "")
         self.failed: list[str] = []
         self.refused: list[str] = []
+        self.closed: list[str] = []
         self.failed_between: list[float] = []
         self.gave_up: list[str] = []
 
-    def note(self, began: float, words: str, status: int, error: str = "") -> None:
-        """Write one request down: when it `began` (monotonic seconds), `words` for it, and its `status` (0: none)."""
+    def note(self, began: float, words: str, status: int, error: str = "", used: bool = False) -> None:
+        """Write one request down.
+
+        It `began` at monotonic seconds, `words` are for it, its `status` is 0 for none, and `used` says whether its
+        connection had served another one before.
+        """
         took = time.monotonic() - began
         with self.lock:
             self.seconds.append(took)
             self.worst = max(self.worst, (took, words))
-            if error or status >= 500:
+            if used and error in CLOSED and took < AT_ONCE:
+                self.closed.append(f"{time.strftime('%H:%M:%S')} {words}: {error}")
+            elif error or status >= 500:
                 self.failed.append(f"{time.strftime('%H:%M:%S')} {words}: {error or status}")
                 self.failed_between += [time.time() - took, time.time()]
             elif status in (401, 403, 429):
@@ -74,6 +85,8 @@ class Ledger:
                 "failed": len(self.failed),
                 "failures": self.failed[:20],
                 "failing_s": round(max(self.failed_between) - min(self.failed_between), 2) if self.failed else 0.0,
+                "closed": len(self.closed),
+                "closings": self.closed[:20],
                 "refused": len(self.refused),
                 "refusals": self.refused[:20],
                 "median_ms": round(ordered[len(ordered) // 2] * 1000, 1),
@@ -96,11 +109,12 @@ def watch(ledger: Ledger) -> None:
         pool: typing.Any, connection: typing.Any, method: str, url: str, *rest: typing.Any, **more: typing.Any
     ) -> typing.Any:
         words = f"{method} {url.partition('?')[0]}"
+        used = getattr(connection, "sock", None) is not None
         began = time.monotonic()
         try:
             response = plain(pool, connection, method, url, *rest, **more)
         except Exception as error:
-            ledger.note(began, words, 0, type(error).__name__)
+            ledger.note(began, words, 0, type(error).__name__, used)
             raise
         ledger.note(began, words, response.status)
         return response

@@ -1,6 +1,6 @@
 """kill -9 of ansible-playbook at the boundary of any two tasks, for the tests of what a second run then does.
 
-tasks = count(site, "playbooks/rotate.yml", "-e", "rotate=s3")     # a whole run, and what it consists of
+_, tasks = counted(site, "playbooks/rotate.yml", "-e", "rotate=s3")  # a whole run, and what it consists of
 for number in sample(len(tasks), 15):
     at = kill(site, number, "playbooks/rotate.yml", "-e", "rotate=s3")   # the task that did not start any more
     site.playbook("playbooks/rotate.yml")
@@ -37,11 +37,11 @@ def _run(site: Site, at: int, playbook: str, more: tuple[str, ...]) -> tuple[int
         return int(out.rsplit("exit ", 1)[1]), out, log.read_text().splitlines()
 
 
-def count(site: Site, playbook: str, *more: str) -> list[str]:
-    """Run the playbook to its end and return the names of its tasks in their order, handlers too."""
+def counted(site: Site, playbook: str, *more: str) -> tuple[str, list[str]]:
+    """Run the playbook to its end; return what it printed and the names of its tasks in their order, handlers too."""
     code, out, tasks = _run(site, 0, playbook, more)
     assert code == 0, f"{playbook} {' '.join(more)}: exit {code}\n{out[-8000:]}"
-    return tasks
+    return out, tasks
 
 
 def kill(site: Site, number: int, playbook: str, *more: str) -> str:
