@@ -147,7 +147,7 @@ def test_a_pages_assets_are_found() -> None:
     ("unit", "counts"),
     [
         ("mlflow@1.service", True),
-        ("mlflow-native@12.service", True),
+        ("mlflow-rest@12.service", True),
         ("mlflow-gc@delete.service", False),
         ("kit-bench-plain.service", False),
     ],

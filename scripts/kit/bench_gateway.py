@@ -91,7 +91,7 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
     vm.execute(KIT, "sh", "-c", "apt-get install -yqq --no-install-recommends wrk >/dev/null 2>&1")
     pair = f"{login['MLFLOW_TRACKING_USERNAME']}:{login['MLFLOW_TRACKING_PASSWORD']}"
     header = "Authorization: Basic " + base64.b64encode(pair.encode()).decode()
-    direct = [f"http://127.0.0.1:{port}{PATH}" for port in ports("mlflow")]
+    direct = [f"http://127.0.0.1:{port}{PATH}" for port in ports("mlflow_rest") or ports("mlflow")]
     through = [f"https://{NAME}{PATH}"]
     _wrk(direct, "", 3)
     _wrk(through, header, 3)

@@ -20,7 +20,7 @@ BUCKET = "mlflow"
 ADDRESSES = {"kit": f"https://{NAME}", "plain": f"http://127.0.0.1:{PLAIN_PORT}"}
 DATABASES = {"kit": "mlflow", "plain": PLAIN_DATABASE}
 PEER = "mlflow server with its defaults (4 workers, jobs on), direct, no TLS"
-# Instances of every kind: mlflow@1, mlflow-native@1; not what has a word for an instance, like a timer's unit.
+# Instances of every kind: mlflow@1, mlflow-rest@1; not what has a word for an instance, like a timer's unit.
 INSTANCE = r"mlflow(?:-[a-z]+)?@\d+\.service"
 # Asks what it is told on standard input, over one connection, and tells what came back.
 ASK = r"""
