@@ -16,6 +16,7 @@ from kit import (
     bench_idle,
     bench_noop,
     bench_rollout,
+    bench_settings,
     bench_table,
     quickstart,
     vm,
@@ -31,10 +32,11 @@ BENCHES: dict[str, Callable[[Lab, int], Iterator[Measurement]]] = {
     "api": bench_api.bench,
     "artifacts": bench_artifacts.bench,
     "rollout": bench_rollout.bench,
+    "settings": bench_settings.bench,
 }
 
 # Rounds, unless one asks for another number: so many that a bench takes a few minutes after the deployment.
-ROUNDS = {"artifacts": 2, "rollout": 1}
+ROUNDS = {"artifacts": 2, "rollout": 1, "settings": 2}
 
 
 def main() -> None:

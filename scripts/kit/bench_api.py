@@ -125,7 +125,7 @@ def _make(sides: Sides, name: str, number: int, file: str) -> str:
     return experiment
 
 
-def _fill(sides: Sides) -> dict[str, Any]:
+def fill(sides: Sides) -> dict[str, Any]:
     """Fill the serving side; returns what its cases need, with what its searches find."""
     say(f"filling {sides.serving}: {READ} runs to read, {WRITTEN} to write to")
     experiment = _make(sides, "read", READ, RUNS["read"])
@@ -144,7 +144,8 @@ def _fill(sides: Sides) -> dict[str, Any]:
     }
 
 
-def _wrk(sides: Sides, case: str, number: int, filled: Mapping[str, Any], seconds: int) -> dict[str, float]:
+def wrk(sides: Sides, case: str, number: int, filled: Mapping[str, Any], seconds: int) -> dict[str, float]:
+    """Let wrk ask the serving side for `seconds` as `case` says; returns its figures. Raises BenchError."""
     settings = {
         "case": case,
         "round": f"{number}{'w' if seconds == WARM else ''}",
@@ -170,12 +171,12 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
             for side in ("plain", "kit") if number % 2 else ("kit", "plain"):
                 cold = sides.serve(side) or side not in filled
                 if side not in filled:
-                    filled[side] = _fill(sides)
+                    filled[side] = fill(sides)
                 if cold:
                     for case in CASES:
-                        _wrk(sides, case, number, filled[side], WARM)
+                        wrk(sides, case, number, filled[side], WARM)
                 for case in CASES:
-                    seen[side][case].append(_wrk(sides, case, number, filled[side], SECONDS))
+                    seen[side][case].append(wrk(sides, case, number, filled[side], SECONDS))
                 found = read_memory(KIT, MEMORY)
                 memory[side].append({"mlflow": found[side][0], "processes": found[side][1]})
                 memory[side][-1] |= {name: found[name][0] for name in ("nginx", "postgresql")}

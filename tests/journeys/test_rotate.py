@@ -185,6 +185,8 @@ def site() -> Iterator[Site]:
     hosts.write_text(hosts.read_text().replace("ansible_host: mlflow.example.org", f"ansible_host: {MACHINE}"))
     content["site_allow"] = [{"cidr": f"{a}/{128 if ':' in a else 32}", "description": "the client"} for a in client]
     # The load keeps a password of its own, so that it does not mind that the first user's changes.
+    # It has a journey of its own.
+    content["site_monitoring_enabled"] = False
     content["site_users"] = [{"name": "load", "password": LOAD}]
     content["site_machine_tokens"] = ["nightly"]
     (prod / "group_vars/all/site.yml").write_text(yaml.safe_dump(content))
@@ -250,7 +252,7 @@ def fingerprint(site: Site) -> str:
     """Of all that a rotation could change, on the host and in the vault."""
     vault = (site.checkout / site.inventory / "group_vars/all/vault.yml").read_bytes()
     files = "find /etc/mlflow /etc/nginx /etc/swift -type f | sort | xargs sha256sum"
-    files += "; systemctl show -p MainPID --value mlflow@1 mlflow@2"
+    files += "; systemctl show -p MainPID --value mlflow-rest@1 mlflow-rest@2 mlflow@1 mlflow@2"
     logins = "su postgres -c \"psql -Atc 'select rolname, rolpassword from pg_authid order by 1'\""
     return f"{vault!r} {site.host(site.machine).check_output(f'{files}; {logins}')}"
 
@@ -261,7 +263,7 @@ def healthy(site: Site) -> None:
     assert host.check_output("systemctl --failed --no-legend --plain") == ""
     assert host.run("grep -q ' down;' /etc/nginx/mlflow-kit/upstreams.conf").rc == 1
     assert host.check_output("systemctl show -p MainPID --value nginx") == NGINX[0]
-    for port in (5001, 5002):
+    for port in (5001, 5002, 5101, 5102):
         assert host.check_output(f"python3 -c 'import urllib.request as u; {ask(port)}'") == "200"
 
 

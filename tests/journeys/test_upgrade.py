@@ -189,7 +189,7 @@ def settled(site: Site) -> None:
     assert host.run(f"ls {STATE} /etc/nginx/mlflow-kit/paused/*").stdout == ""
     assert " down;" not in host.check_output("cat /etc/nginx/mlflow-kit/upstreams.conf")
     live = host.check_output("readlink -f /opt/mlflow/current/bin/python")
-    pids = host.check_output("systemctl show -p MainPID --value mlflow@1 mlflow@2").split()
+    pids = host.check_output("systemctl show -p MainPID --value mlflow-rest@1 mlflow-rest@2 mlflow@1 mlflow@2").split()
     assert {host.check_output(f"readlink -f /proc/{pid}/exe") for pid in pids} == {live}
     assert host.check_output("systemctl --failed --no-legend --plain") == ""
     # A database that was loaded from a dump is as closed to others as the one before.
