@@ -77,7 +77,16 @@ def state(found: dict[str, Any], **site: Any) -> tuple[str, list[str]]:
     return status["state"], [row["words"] for row in status["rows"]]
 
 
-INSTANCE = {"instance": 1, "active": True, "since": 1, "memory": 1, "health": 200, "health_ms": 1.0, "version": "3"}
+INSTANCE = {
+    "unit": "mlflow",
+    "instance": 1,
+    "active": True,
+    "since": 1,
+    "memory": 1,
+    "health": 200,
+    "health_ms": 1.0,
+    "version": "3",
+}
 GATEWAY = {"up": True, "why": "", "certificate_days": 100.0, "issuer": "CN=x", "servers": [], "out": [], "version": "1"}
 BACKUP = '{"result": "ok", "error": "", "last_good": {"started": "2026-11-21T02:30:00Z"}}'
 
@@ -88,7 +97,7 @@ BACKUP = '{"result": "ok", "error": "", "last_good": {"started": "2026-11-21T02:
         ({"mlflow": [INSTANCE | {"pending": ""}]}, "ok"),
         ({"mlflow": [INSTANCE | {"pending": "it is old"}]}, "warn"),
         ({"mlflow": [INSTANCE | {"pending": "", "health": 500}]}, "BAD"),
-        ({"mlflow": [{"instance": 2, "active": False, "pending": ""}]}, "BAD"),
+        ({"mlflow": [{"unit": "mlflow", "instance": 2, "active": False, "pending": ""}]}, "BAD"),
         ({"gateway": GATEWAY}, "ok"),
         ({"gateway": GATEWAY | {"out": ["a"]}}, "warn"),
         ({"gateway": GATEWAY | {"certificate_days": 20.0}}, "warn"),

@@ -37,7 +37,7 @@ def _since(moment: str | None, now: datetime.datetime) -> float | None:
 def _instances(host: str, found: Iterable[Mapping[str, Any]], now: datetime.datetime) -> list[Row]:
     rows = []
     for one in found:
-        name = f"mlflow@{one['instance']}"
+        name = f"{one['unit']}@{one['instance']}"
         if not one["active"]:
             rows.append({"state": BAD, "host": host, "what": name, "words": "does not run: journalctl -u " + name})
             continue

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from kit import vm
 from kit.bench_lab import KIT, NAME, BenchError, Lab, Measurement, medians, say
+from kit.bench_sides import client_environment, ports
 
 SECONDS, CONNECTIONS, MEGABYTES = 12, 8, 600
 PATH = "/api/2.0/mlflow/experiments/get?experiment_id=0"
@@ -86,14 +87,11 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
     """Yield requests per second, their 99th percentile, and MB/s up and down; `rounds` rounds of both sides in turn."""
     if not lab.deployed:
         lab.deploy_kit()
-    env = (lab.secret / "client.env").read_text().replace(str(lab.secret), "/root")
-    vm.write(KIT, "/root/client.env", env.encode())
-    vm.write(KIT, "/root/ca-bundle.crt", (lab.secret / "ca-bundle.crt").read_bytes())
+    login = client_environment(lab)
     vm.execute(KIT, "sh", "-c", "apt-get install -yqq --no-install-recommends wrk >/dev/null 2>&1")
-    login = dict(line.split("=", 1) for line in env.splitlines() if re.match(r"^[A-Z_]+=", line))
     pair = f"{login['MLFLOW_TRACKING_USERNAME']}:{login['MLFLOW_TRACKING_PASSWORD']}"
     header = "Authorization: Basic " + base64.b64encode(pair.encode()).decode()
-    direct = [f"http://127.0.0.1:{port}{PATH}" for port in (5001, 5002)]
+    direct = [f"http://127.0.0.1:{port}{PATH}" for port in ports("mlflow_rest") or ports("mlflow")]
     through = [f"https://{NAME}{PATH}"]
     _wrk(direct, "", 3)
     _wrk(through, header, 3)

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 
 from kit import vm
 from kit.bench_lab import KIT, BenchError, Lab, Measurement, medians, say
+from kit.bench_sides import INSTANCE, instances, ports
 
 PEER = "mlflow server with its defaults (4 workers, jobs on)"
 PEER_UNIT, PEER_PORT = "kit-bench-peer.service", 5080
 SETTLE = 20.0
 # Which processes count: by the unit that their control group names, children and all.
 STACK = {
-    "mlflow": r"/mlflow@\d+\.service",
+    "mlflow": rf"/{INSTANCE}",
     "postgresql": r"/postgresql@[^/]*\.service",
     "swift": r"/swift-[^/]*\.service",
     "nginx": r"/nginx\.service",
@@ -56,11 +57,6 @@ def read_memory(machine: str, stack: Mapping[str, str]) -> dict[str, tuple[float
     return {name: (round(kilobytes / 1024, 1), count) for name, (kilobytes, count) in json.loads(out).items()}
 
 
-def _instances() -> list[str]:
-    out = vm.execute(KIT, "systemctl", "list-units", "--plain", "--no-legend", "--all", "mlflow@*.service")
-    return sorted(line.split()[0] for line in out.splitlines())
-
-
 def _warm(*ports: int) -> None:
     addresses = [f"http://127.0.0.1:{port}" for port in ports]
     vm.execute(KIT, "python3", "-c", WARM, *addresses)
@@ -85,12 +81,12 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
     """Each side alone on the kit's machine, started anew, asked the same, and left alone for a while."""
     if not lab.deployed:
         lab.deploy_kit()
-    units = _instances()
+    units = instances()
     kit: list[dict[str, float]] = []
     peer: list[dict[str, float]] = []
     for number in range(rounds):
         vm.execute(KIT, "systemctl", "restart", *units)
-        _warm(*range(5001, 5001 + len(units)))
+        _warm(*ports())
         found = read_memory(KIT, STACK)
         kit.append({name: size for name, (size, _) in found.items() if name != "peer"})
         kit[-1]["mlflow_processes"] = found["mlflow"][1]

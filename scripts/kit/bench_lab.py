@@ -46,7 +46,7 @@ class Measurement:
     detail: dict[str, Any]
 
     def line(self) -> dict[str, Any]:
-        """The measurement in the order of the contract, with `ratio`, kit over peer."""
+        """The measurement in the order of the contract, with `ratio`, kit over peer; none where the peer's is zero."""
         return {
             "bench": self.bench,
             "case": self.case,
@@ -55,7 +55,7 @@ class Measurement:
             "kit": round(self.kit, 2),
             "peer": round(self.peer, 2),
             "peer_name": self.peer_name,
-            "ratio": round(self.kit / self.peer, 3),
+            "ratio": round(self.kit / self.peer, 3) if self.peer else None,
             "detail": self.detail,
         }
 
@@ -97,6 +97,7 @@ class Lab:
         self.secret = pathlib.Path()
         self.local_channel: pathlib.Path | None = None
         self.deployed = False
+        self.first_seconds = 0.0
         self._client_ready = False
 
     @contextlib.contextmanager
@@ -223,7 +224,7 @@ class Lab:
         began = time.monotonic()
         try:
             output = self.playbook("site.yml", "playbooks/client.yml", log=log)
-            deployed = time.monotonic() - began
+            deployed = self.first_seconds = time.monotonic() - began
             self.hand_over()
             logged = _ended(waiting) - began
         finally:

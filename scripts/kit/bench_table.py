@@ -1,4 +1,4 @@
-"""Keep what was measured in docs/performance.json, and render it into docs/performance.md."""
+"""Keep what was measured in docs/performance.json, and render it into docs/performance.md, as a table and pictures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import re
 import sys
 from typing import Any
 
-from kit import vm
+from kit import bench_plots, vm
 
 RECORD = vm.CHECKOUT / "docs" / "performance.json"
 PAGE = vm.CHECKOUT / "docs" / "performance.md"
 BEGIN, END = "<!-- table: scripts/bench table -->", "<!-- end of the table -->"
+PLOTS, PLOTS_END = "<!-- pictures: scripts/bench table -->", "<!-- end of the pictures -->"
 RELEASES = {"trixie": "Debian 13", "bookworm": "Debian 12"}
 
 
@@ -40,6 +41,10 @@ def record(line: dict[str, Any], suite: str, path: pathlib.Path = RECORD) -> Non
     path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
 
+def _ratio(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f}"
+
+
 def table(known: list[dict[str, Any]]) -> str:
     """The record as a Markdown table."""
     rows = ["| bench | case | unit | kit | peer | kit / peer | peer is | system | measured |"]
@@ -48,28 +53,41 @@ def table(known: list[dict[str, Any]]) -> str:
         better = "less is better" if one["better"] == "lower" else "more is better"
         rows.append(
             f"| {one['bench']} | {one['case']} | {one['unit']}, {better} | {one['kit']:g} | {one['peer']:g} "
-            f"| **{one['ratio']:.2f}** | {one['peer_name']} | {one['system']}, {one['machine']} | {one['date']} |"
+            f"| **{_ratio(one['ratio'])}** | {one['peer_name']} | {one['system']}, {one['machine']} | {one['date']} |"
         )
     return "\n".join(rows)
 
 
+def _between(text: str, begin: str, end: str, content: str) -> str:
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"the page has no «{begin}» and «{end}»")
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
 def page(text: str, known: list[dict[str, Any]]) -> str:
-    """`text` with the table between its markers brought up to date. Raises ValueError without markers."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page has no «{BEGIN}» and «{END}»")
-    return f"{before}{BEGIN}\n{table(known)}\n{END}{after}"
+    """`text` with table and pictures between their markers brought up to date. Raises ValueError without markers."""
+    images = [
+        f"![{name.removeprefix('performance-').removesuffix('.svg')}]({name})" for name in bench_plots.pictures(known)
+    ]
+    return _between(_between(text, BEGIN, END, table(known)), PLOTS, PLOTS_END, "\n\n".join(images))
 
 
 def render(*, check: bool = False) -> int:
-    """Render docs/performance.md from the record; with `check`, only say (status 1) whether it is behind."""
+    """Render docs/performance.md and its pictures from the record; with `check`, only say (status 1) what is behind."""
     known = json.loads(RECORD.read_text()) if RECORD.exists() else []
-    old = PAGE.read_text()
-    new = page(old, known)
-    if check and new != old:
-        print("docs/performance.md is behind docs/performance.json: run scripts/bench table", file=sys.stderr)
+    wanted = {PAGE: page(PAGE.read_text(), known)}
+    wanted |= {RECORD.with_name(name): content for name, content in bench_plots.pictures(known).items()}
+    stale = [path for path in RECORD.parent.glob("performance-*.svg") if path not in wanted]
+    behind = [path for path, content in wanted.items() if not path.exists() or path.read_text() != content]
+    if check and (behind or stale):
+        names = ", ".join(sorted(path.name for path in [*behind, *stale]))
+        print(f"behind docs/performance.json: {names}; run scripts/bench table", file=sys.stderr)
         return 1
     if not check:
-        PAGE.write_text(new)
+        for path in behind:
+            path.write_text(wanted[path])
+        for path in stale:
+            path.unlink()
     return 0

@@ -19,38 +19,55 @@ import time
 import typing
 
 import mlflow
+import requests
 import urllib3
 from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "load"
+# How HTTP/1.1 shows that the other side closed a connection, and within how many seconds if it stood idle there.
+CLOSED, AT_ONCE = ("RemoteDisconnected", "ConnectionResetError", "BrokenPipeError"), 2.0
 
 
 class Ledger:
     """What was asked and answered; safe to be used by many threads.
 
     Requests are counted as failed when the connection breaks or the status is 500 or more, and as refused when
-    it is 401, 403 or 429.
+    it is 401, 403 or 429. One thing is counted by itself, as closed: a server that reloads closes connections that
+    stand idle, and HTTP/1.1 has no way to say so beforehand. Who sends on one at that very moment finds it closed
+    without an answer, and sends again on a new one. A repeat that fails, too, is a failure.
     """
 
     def __init__(self) -> None:
         """Start with nothing."""
         self.lock = threading.Lock()
+        self.runs: list[dict[str, typing.Any]] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin the figures anew; the acknowledged runs stay."""
         self.seconds: list[float] = []
+        self.waits: list[float] = []
         self.worst: tuple[float, str] = (0.0, "")
         self.failed: list[str] = []
         self.refused: list[str] = []
+        self.closed: list[str] = []
         self.failed_between: list[float] = []
-        self.runs: list[dict[str, typing.Any]] = []
         self.gave_up: list[str] = []
 
-    def note(self, began: float, words: str, status: int, error: str = "") -> None:
-        """Write one request down: when it `began` (monotonic seconds), `words` for it, and its `status` (0: none)."""
+    def note(self, began: float, words: str, status: int, error: str = "", used: bool = False) -> None:
+        """Write one request down.
+
+        It `began` at monotonic seconds, `words` are for it, its `status` is 0 for none, and `used` says whether its
+        connection had served another one before.
+        """
         took = time.monotonic() - began
         with self.lock:
             self.seconds.append(took)
             self.worst = max(self.worst, (took, words))
-            if error or status >= 500:
+            if used and error in CLOSED and took < AT_ONCE:
+                self.closed.append(f"{time.strftime('%H:%M:%S')} {words}: {error}")
+            elif error or status >= 500:
                 self.failed.append(f"{time.strftime('%H:%M:%S')} {words}: {error or status}")
                 self.failed_between += [time.time() - took, time.time()]
             elif status in (401, 403, 429):
@@ -59,7 +76,7 @@ class Ledger:
     def report(self, began: float) -> dict[str, typing.Any]:
         """Return the figures since `began` (monotonic seconds); times in ms and s."""
         with self.lock:
-            ordered = sorted(self.seconds) or [0.0]
+            ordered, waits = sorted(self.seconds) or [0.0], sorted(self.waits) or [0.0]
             span = time.monotonic() - began
             return {
                 "requests": len(self.seconds),
@@ -68,35 +85,52 @@ class Ledger:
                 "failed": len(self.failed),
                 "failures": self.failed[:20],
                 "failing_s": round(max(self.failed_between) - min(self.failed_between), 2) if self.failed else 0.0,
+                "closed": len(self.closed),
+                "closings": self.closed[:20],
                 "refused": len(self.refused),
                 "refusals": self.refused[:20],
                 "median_ms": round(ordered[len(ordered) // 2] * 1000, 1),
                 "p99_ms": round(ordered[int(len(ordered) * 0.99)] * 1000, 1),
                 "worst_ms": round(self.worst[0] * 1000, 1),
                 "worst": self.worst[1],
+                "wait_median_ms": round(waits[len(waits) // 2] * 1000, 1),
+                "wait_p99_ms": round(waits[int(len(waits) * 0.99)] * 1000, 1),
+                "wait_worst_ms": round(waits[-1] * 1000, 1),
                 "runs": len(self.runs),
                 "gave_up": self.gave_up[:20],
             }
 
 
 def watch(ledger: Ledger) -> None:
-    """Let `ledger` see each request of this process, each try of a retry by itself."""
+    """Let `ledger` see each request of this process: each try, and how long its caller waited for all of them."""
     plain = urllib3.connectionpool.HTTPConnectionPool._make_request
 
     def make_request(
         pool: typing.Any, connection: typing.Any, method: str, url: str, *rest: typing.Any, **more: typing.Any
     ) -> typing.Any:
         words = f"{method} {url.partition('?')[0]}"
+        used = getattr(connection, "sock", None) is not None
         began = time.monotonic()
         try:
             response = plain(pool, connection, method, url, *rest, **more)
         except Exception as error:
-            ledger.note(began, words, 0, type(error).__name__)
+            ledger.note(began, words, 0, type(error).__name__, used)
             raise
         ledger.note(began, words, response.status)
         return response
 
     urllib3.connectionpool.HTTPConnectionPool._make_request = make_request  # type: ignore[method-assign, assignment]
+    whole = requests.adapters.HTTPAdapter.send
+
+    def send(adapter: requests.adapters.HTTPAdapter, *rest: typing.Any, **more: typing.Any) -> requests.Response:
+        began = time.monotonic()
+        try:
+            return whole(adapter, *rest, **more)
+        finally:
+            with ledger.lock:
+                ledger.waits.append(time.monotonic() - began)
+
+    requests.adapters.HTTPAdapter.send = send  # type: ignore[method-assign, assignment]
 
 
 def write(
@@ -148,9 +182,13 @@ def read(ledger: Ledger, client: MlflowClient, experiment: str, stop: threading.
 
 
 def run(writers: int, readers: int, pause: float, out: pathlib.Path) -> None:
-    """Work until SIGTERM, keeping the report in `out` (JSON) and the acknowledged runs beside it, appended."""
-    ledger, stop = Ledger(), threading.Event()
+    """Work until SIGTERM, keeping the report in `out` (JSON) and the acknowledged runs beside it, appended.
+
+    SIGUSR1 ends a stretch: its report goes to a file beside `out` (.before), and the figures begin anew.
+    """
+    ledger, stop, turn = Ledger(), threading.Event(), threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGUSR1, lambda *_: turn.set())
     watch(ledger)
     client = MlflowClient()
     made = client.get_experiment_by_name(EXPERIMENT)
@@ -167,6 +205,11 @@ def run(writers: int, readers: int, pause: float, out: pathlib.Path) -> None:
     for thread in threads:
         thread.start()
     while not stop.wait(0.3):
+        if turn.is_set():
+            _keep(out.with_suffix(".before"), ledger.report(began))
+            ledger.forget()
+            began = time.monotonic()
+            turn.clear()
         _keep(out, ledger.report(began))
     for thread in threads:
         thread.join(150)

@@ -10,6 +10,20 @@ import pytest
 import yaml
 from journey import Site, copy_of_checkout
 
+# The longest begin first, or the last of them would keep one worker busy long after the others are done.
+LONGEST = ("upgrade", "rotate", "quickstart", "backup", "single")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the journeys before everything else, the longest of them first."""
+
+    def rank(item: pytest.Item) -> int:
+        mark = item.get_closest_marker("xdist_group")
+        name = mark.args[0] if mark else ""
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=rank)
+
 
 @pytest.fixture(scope="session")
 def quickstart() -> Iterator[tuple[Site, str]]:

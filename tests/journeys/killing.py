@@ -1,7 +1,7 @@
 """kill -9 of ansible-playbook at the boundary of any two tasks, for the tests of what a second run then does.
 
-tasks = count(site, "playbooks/rotate.yml", "-e", "rotate=s3")     # a whole run, and what it consists of
-for number in sample(len(tasks), 15):
+_, tasks = counted(site, "playbooks/rotate.yml", "-e", "rotate=s3")  # a whole run, and what it consists of
+for number in sample(tasks, 15, "Make the new values"):
     at = kill(site, number, "playbooks/rotate.yml", "-e", "rotate=s3")   # the task that did not start any more
     site.playbook("playbooks/rotate.yml")
 """
@@ -9,6 +9,7 @@ for number in sample(len(tasks), 15):
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 import random
 import signal
@@ -37,11 +38,11 @@ def _run(site: Site, at: int, playbook: str, more: tuple[str, ...]) -> tuple[int
         return int(out.rsplit("exit ", 1)[1]), out, log.read_text().splitlines()
 
 
-def count(site: Site, playbook: str, *more: str) -> list[str]:
-    """Run the playbook to its end and return the names of its tasks in their order, handlers too."""
+def counted(site: Site, playbook: str, *more: str) -> tuple[str, list[str]]:
+    """Run the playbook to its end; return what it printed and the names of its tasks in their order, handlers too."""
     code, out, tasks = _run(site, 0, playbook, more)
     assert code == 0, f"{playbook} {' '.join(more)}: exit {code}\n{out[-8000:]}"
-    return tasks
+    return out, tasks
 
 
 def kill(site: Site, number: int, playbook: str, *more: str) -> str:
@@ -56,6 +57,13 @@ def kill(site: Site, number: int, playbook: str, *more: str) -> str:
     return tasks[-1]
 
 
-def sample(tasks: int, size: int, seed: int = 4) -> list[int]:
-    """`size` different numbers of 1 to `tasks`, or all when there are fewer; the same for the same seed."""
-    return sorted(random.Random(seed).sample(range(1, tasks + 1), min(size, tasks)))
+def sample(tasks: list[str], size: int, since: str, seed: int = 4) -> list[int]:
+    """`size` numbers of `tasks`, the same for the same seed.
+
+    The task that begins with `since` is the first that something depends on later: one number lies before it, the
+    others are spread over what follows, one at random in each part of equal length.
+    """
+    chance = random.Random(seed)
+    first = 1 + next(number for number, name in enumerate(tasks) if name.startswith(since))
+    bounds = [first + (len(tasks) + 1 - first) * part // (size - 1) for part in range(size)]
+    return [chance.randrange(1, first), *(chance.randrange(a, b) for a, b in itertools.pairwise(bounds))]

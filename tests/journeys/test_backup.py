@@ -155,6 +155,8 @@ def site() -> Iterator[Site]:
     content["site_allow"] = [{"cidr": f"{a}/{128 if ':' in a else 32}", "description": "the client"} for a in client]
     content["conda_env_channels"] = ["file:///srv/conda-channel"]
     content["conda_env_python"] = PYTHON
+    # It has a journey of its own.
+    content["site_monitoring_enabled"] = False
     content["mlflow_multipart_minimum_size"] = 10_000_000
     settings.write_text(yaml.safe_dump(content))
     environment = {"ANSIBLE_SSH_ARGS": f"-F {vm.SSH_CONFIG}"}

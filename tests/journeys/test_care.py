@@ -70,7 +70,10 @@ def test_a_site_that_is_well(site: Site, tmp_path: pathlib.Path) -> None:
     """Everything that an operator asks for stands in the table, and strictness has nothing against it."""
     found = status(site, tmp_path)
     good = rows(found, "ok")
-    assert {"gateway", "certificate", "mlflow@1", "mlflow@2", "postgresql", "s3", "allowed"} <= set(good), found["rows"]
+    assert {"gateway", "certificate", "mlflow@1", "mlflow@2", "mlflow-rest@1", "mlflow-rest@2"} <= set(good), found[
+        "rows"
+    ]
+    assert {"postgresql", "s3", "allowed"} <= set(good), found["rows"]
     assert "health 200" in good["mlflow@1"] and good["mlflow@1"].startswith("3.")
     assert "days left" in good["certificate"]
     assert "connections" in good["postgresql"]
@@ -82,6 +85,7 @@ def test_a_site_that_is_well(site: Site, tmp_path: pathlib.Path) -> None:
     ("blow", "cure", "what", "words"),
     [
         ("systemctl stop mlflow@2", "systemctl start mlflow@2", "mlflow@2", "does not run"),
+        ("systemctl stop mlflow-rest@1", "systemctl start mlflow-rest@1", "mlflow-rest@1", "does not run"),
         ("systemctl stop 'postgresql@*-main.service'", "systemctl start postgresql", "postgresql", "not running"),
         ("systemctl stop swift-proxy", "systemctl start swift-proxy", "s3", "swift-proxy.service"),
         ("systemctl stop nginx", "systemctl start nginx", "gateway", "443"),

@@ -12,6 +12,7 @@ from journey import Site, leaked, start_load, stop_load
 from kit import vm
 
 pytestmark = pytest.mark.xdist_group("quickstart")
+INSTANCES = "mlflow-rest@1 mlflow-rest@2 mlflow@1 mlflow@2"
 ARTIFACT = """
 import os
 import mlflow
@@ -165,9 +166,9 @@ def test_a_rolling_restart_fails_no_request(site: Site) -> None:
     """While every instance restarts for a changed setting, real clients read and write on: nobody is refused."""
     host = site.host(site.machine)
     start_load(site)
-    before = host.check_output("systemctl show -p MainPID --value mlflow@1 mlflow@2").split()
+    before = host.check_output(f"systemctl show -p MainPID --value {INSTANCES}").split()
     site.playbook("playbooks/mlflow.yml", "-e", "mlflow_shutdown_timeout=29")
-    after = host.check_output("systemctl show -p MainPID --value mlflow@1 mlflow@2").split()
+    after = host.check_output(f"systemctl show -p MainPID --value {INSTANCES}").split()
     assert not set(before) & set(after)
     figures = stop_load(site)
     print(f"rolling restart: {figures}")
@@ -193,8 +194,8 @@ def recovered(site: Site, seconds: int = 120) -> float:
 @pytest.mark.parametrize(
     "blow",
     [
-        "kill -9 $(systemctl show -p MainPID --value mlflow@1)",
-        "systemctl kill -s KILL mlflow@1 mlflow@2",
+        "kill -9 $(systemctl show -p MainPID --value mlflow-rest@1)",
+        f"systemctl kill -s KILL {INSTANCES}",
         "systemctl kill -s KILL 'postgresql@*-main.service'",
         "systemctl kill -s KILL swift-proxy swift-object swift-container swift-account",
         "systemctl kill -s KILL nginx",
@@ -206,7 +207,7 @@ def test_it_survives(site: Site, blow: str) -> None:
     assert site.python(ARTIFACT).endswith("True")
     host = site.host(site.machine)
     start_load(site, writers=1, readers=0)
-    processes = "systemctl show -p MainPID --value mlflow@1 'postgresql@*-main.service' swift-proxy nginx"
+    processes = "systemctl show -p MainPID --value mlflow-rest@1 'postgresql@*-main.service' swift-proxy nginx"
     before = host.check_output(processes).split()
     assert len(before) == 4
     if blow == "reboot":

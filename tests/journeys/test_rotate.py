@@ -21,8 +21,11 @@ pytestmark = pytest.mark.xdist_group("rotate")
 MACHINE, CLIENT, NETWORK, NAME = "kit-rotate-vm", "kit-rotate-client", "kit-rotate", "rotate.test"
 SUITE = "trixie"
 LOAD = "the-load-s-own-4711"
-CLOSED = ("RemoteDisconnected", "ConnectionResetError", "BrokenPipeError")
 ROTATE = "playbooks/rotate.yml"
+# NGINX's main process as deployed: rotations reload it, which ends no request, and never restart it.
+NGINX: list[str] = []
+# Of which tasks a rotation of these kinds consists, as seen when it ran whole.
+TASKS: dict[str, list[str]] = {}
 PYTHON = "/opt/mlflow/current/bin/python"
 # Tries credentials on the site's machine with clients of others, and prints a word for each: taken or refused.
 KNOCK = """
@@ -182,6 +185,8 @@ def site() -> Iterator[Site]:
     hosts.write_text(hosts.read_text().replace("ansible_host: mlflow.example.org", f"ansible_host: {MACHINE}"))
     content["site_allow"] = [{"cidr": f"{a}/{128 if ':' in a else 32}", "description": "the client"} for a in client]
     # The load keeps a password of its own, so that it does not mind that the first user's changes.
+    # It has a journey of its own.
+    content["site_monitoring_enabled"] = False
     content["site_users"] = [{"name": "load", "password": LOAD}]
     content["site_machine_tokens"] = ["nightly"]
     (prod / "group_vars/all/site.yml").write_text(yaml.safe_dump(content))
@@ -195,6 +200,7 @@ def site() -> Iterator[Site]:
     # The client's own call to MLflow's makers is no request to the site.
     vm.write(CLIENT, "/root/client.env", f"{environment}\nMLFLOW_DISABLE_TELEMETRY=true\n".encode())
     vm.write(CLIENT, "/root/ca-bundle.crt", (checkout / "ca-bundle.crt").read_bytes())
+    NGINX[:] = [vm.execute(MACHINE, "systemctl", "show", "-p", "MainPID", "--value", "nginx")]
     vm.write(MACHINE, "/root/knock.py", KNOCK.encode())
     vm.write(MACHINE, "/root/model.py", MODEL.encode())
     vm.execute(
@@ -246,7 +252,7 @@ def fingerprint(site: Site) -> str:
     """Of all that a rotation could change, on the host and in the vault."""
     vault = (site.checkout / site.inventory / "group_vars/all/vault.yml").read_bytes()
     files = "find /etc/mlflow /etc/nginx /etc/swift -type f | sort | xargs sha256sum"
-    files += "; systemctl show -p MainPID --value mlflow@1 mlflow@2"
+    files += "; systemctl show -p MainPID --value mlflow-rest@1 mlflow-rest@2 mlflow@1 mlflow@2"
     logins = "su postgres -c \"psql -Atc 'select rolname, rolpassword from pg_authid order by 1'\""
     return f"{vault!r} {site.host(site.machine).check_output(f'{files}; {logins}')}"
 
@@ -256,7 +262,8 @@ def healthy(site: Site) -> None:
     host = site.host(site.machine)
     assert host.check_output("systemctl --failed --no-legend --plain") == ""
     assert host.run("grep -q ' down;' /etc/nginx/mlflow-kit/upstreams.conf").rc == 1
-    for port in (5001, 5002):
+    assert host.check_output("systemctl show -p MainPID --value nginx") == NGINX[0]
+    for port in (5001, 5002, 5101, 5102):
         assert host.check_output(f"python3 -c 'import urllib.request as u; {ask(port)}'") == "200"
 
 
@@ -267,21 +274,17 @@ def ask(port: int) -> str:
 def quiet(figures: dict[str, Any], kind: str) -> None:
     """Nothing failed, nobody was refused, nothing is lost; say so.
 
-    A connection that stands idle when NGINX reloads is closed: a client that reaches for it at that very moment asks
-    again on a new one, as HTTP has it. That is counted by itself.
+    Idle connections that NGINX closed as it reloaded are counted beside (see kit.load.Ledger): the client's own
+    repeat of such a request was answered, or it would be among the failed ones and somebody had given up.
     """
-    closed = [one for one in figures["failures"] if one.endswith(CLOSED)]
-    failed = figures["failed"] - len(closed)
     print(
-        f"rotate {kind}: {figures['requests']} requests ({figures['requests_s']}/s), {failed} failed,"
-        f" {len(closed)} idle connections closed ({'; '.join(closed)}),"
+        f"rotate {kind}: {figures['requests']} requests ({figures['requests_s']}/s), {figures['failed']} failed,"
+        f" {figures['closed']} idle connections closed ({'; '.join(figures['closings'])}),"
         f" worst {figures['worst_ms']} ms ({figures['worst']}), median {figures['median_ms']} ms,"
         f" {figures['runs']} acknowledged runs, {len(figures['lost'])} lost"
     )
-    assert (failed, figures["refused"], figures["gave_up"]) == (0, 0, []), figures
-    assert len(closed) < 4
-    assert figures["lost"] == []
-    assert figures["requests"] > 100
+    assert (figures["failed"], figures["refused"], figures["gave_up"], figures["lost"]) == (0, 0, [], []), figures
+    assert figures["requests"] > max(100, 200 * figures["closed"])
 
 
 def test_a_dry_run_tells_and_changes_nothing(site: Site) -> None:
@@ -353,27 +356,31 @@ def test_an_expired_certificate_is_named_and_rotation_of_tls_cures_it(site: Site
     assert knock(site, held(site)) == "taken taken taken taken"
 
 
-@pytest.mark.parametrize("kind", ["database", "s3", "tokens", "tls"])
-def test_nothing_fails_under_load(site: Site, kind: str) -> None:
+def whole(site: Site, kinds: str, *more: str) -> str:
+    """Rotate `kinds` without a blow, remember of which tasks that consists, and return what was printed."""
+    out, TASKS[kinds] = killing.counted(site, ROTATE, "-e", f"rotate={kinds}", *more)
+    return out
+
+
+@pytest.mark.parametrize("kinds", ["database,s3", "gateway,tokens,tls"])
+def test_nothing_fails_under_load(site: Site, kinds: str) -> None:
     """The old is refused, the new works, no request failed, and no secret is shown at -vvv --diff."""
     old = held(site)
     start_load(site, writers=1, readers=1)
     began = time.monotonic()
-    out = site.playbook(ROTATE, "-e", f"rotate={kind}", "-e", "rotate_grace_seconds=2", "-vvv", "--diff")
-    print(f"rotate {kind}: {time.monotonic() - began:.0f} s")
-    quiet(stop_load(site), kind)
+    out = whole(site, kinds, "-e", "rotate_grace_seconds=2", "-vvv", "--diff")
+    print(f"rotate {kinds}: {time.monotonic() - began:.0f} s")
+    quiet(stop_load(site), kinds)
     new = held(site)
     assert new["vault_rotation"] == {}
     assert leaked(flat(old) | flat(new, "new "), out) == []
     healthy(site)
-    if kind == "tls":
-        assert new["vault_tls_certificate"] != old["vault_tls_certificate"]
-        assert (
-            site.host(site.machine).file("/etc/nginx/mlflow-kit/tls.crt").content_string == new["vault_tls_certificate"]
-        )
-    else:
-        assert knock(site, old, new, kinds=(kind,)) == "refused taken"
-    assert site.changed() == 0
+    knocked = tuple(kind for kind in kinds.split(",") if kind in credentials(old))
+    assert knock(site, old, new, kinds=knocked).split() == ["refused"] * len(knocked) + ["taken"] * len(knocked)
+    if "tls" in kinds:
+        certificate = new["vault_tls_certificate"]
+        assert certificate != old["vault_tls_certificate"]
+        assert site.host(site.machine).file("/etc/nginx/mlflow-kit/tls.crt").content_string == certificate
 
 
 def test_passwords_overlap_until_people_have_the_new_one(site: Site) -> None:
@@ -385,7 +392,6 @@ def test_passwords_overlap_until_people_have_the_new_one(site: Site) -> None:
     middle = held(site)
     assert middle["vault_rotation"]["gateway"]["phase"] == "grace"
     assert knock(site, old, middle, kinds=("gateway",)) == "taken taken"
-    out = site.playbook("playbooks/gateway.yml")
     out = site.playbook("site.yml", "--tags", "gateway")
     assert "A rotation of gateway is unfinished" in " ".join(out.split())
     assert knock(site, old, middle, kinds=("gateway",)) == "taken taken"
@@ -404,7 +410,7 @@ def test_secrets_in_the_database_stay_readable_throughout(site: Site) -> None:
     vm.execute(site.client, "systemd-run", "--quiet", "--collect", "--unit=secrets", "sh", "-c", script)
     start_load(site, writers=1, readers=1)
     old = held(site)
-    out = site.playbook(ROTATE, "-e", "rotate=encryption", "-vvv", "--diff")
+    out = whole(site, "encryption", "-vvv", "--diff")
     new = held(site)
     quiet(stop_load(site), "encryption")
     vm.execute(site.client, "touch", "/root/stop")
@@ -417,6 +423,10 @@ def test_secrets_in_the_database_stay_readable_throughout(site: Site) -> None:
     rows = "su postgres -c \"psql -At mlflow -c 'select distinct kek_version from secrets'\""
     assert site.host(site.machine).check_output(rows) == new["vault_crypto_kek_version"]
     assert leaked(flat(old) | flat(new, "new "), out) == []
+
+
+def test_nothing_is_left_for_a_deployment_to_do(site: Site) -> None:
+    """After a rotation of every kind."""
     assert site.changed() == 0
 
 
@@ -456,28 +466,26 @@ def test_an_emergency_withdraws_before_anything_else(site: Site) -> None:
     healthy(site)
 
 
-UNSEEN = pytest.mark.xfail(reason="not seen to pass as a whole yet: one of its boundaries was", strict=False)
-
-
-@pytest.mark.parametrize(
-    ("kinds", "size"), [("gateway,tokens,tls", 5), ("database,s3", 6), pytest.param("encryption", 4, marks=UNSEEN)]
-)
+@pytest.mark.parametrize(("kinds", "size"), [("gateway,tokens,tls", 5), ("database,s3", 6), ("encryption", 4)])
 def test_a_killed_run_is_completed_by_the_next(site: Site, kinds: str, size: int) -> None:
     """kill -9 of ansible-playbook before a task, for tasks that a fixed seed picks, while clients work."""
     more = ("-e", f"rotate={kinds}", "-e", "rotate_grace_seconds=0")
     knocked = tuple(kind for kind in kinds.split(",") if kind in credentials(held(site)))
     start_load(site, writers=1, readers=1)
-    tasks = killing.count(site, ROTATE, *more)
-    for number in killing.sample(len(tasks), size):
+    if kinds not in TASKS:
+        whole(site, kinds, "-e", "rotate_grace_seconds=0")
+    for number in killing.sample(TASKS[kinds], size, "Make the new values"):
         old = held(site)
         at = killing.kill(site, number, ROTATE, *more)
+        assert at, "the run ended before it could be killed"
         left = held(site)["vault_rotation"]
         began = time.monotonic()
         if left:
             site.playbook(ROTATE, "-e", "rotate_grace_seconds=0")
         new = held(site)
         phases = {kind: entry["phase"] for kind, entry in left.items()}
-        print(f"killed before {number}/{len(tasks)} ({at}): {phases}, completed in {time.monotonic() - began:.0f} s")
+        took, of = time.monotonic() - began, len(TASKS[kinds])
+        print(f"killed before {number}/{of} ({at}): {phases}, completed in {took:.0f} s")
         assert new["vault_rotation"] == {}
         changed = flat(old) != flat(new)
         assert changed or not left

@@ -231,6 +231,50 @@ def test_a_drained_instance_gets_nothing_and_comes_back(host_of: HostOf) -> None
     assert {json.loads(curl(friend, "/", "-u", ADA)[1])["port"] for _ in range(8)} == {5001, 5002}
 
 
+def ports(client: Any, path: str, *more: str) -> set[int]:
+    """Which of the servers behind answer `path`."""
+    return {json.loads(curl(client, path, "-u", ADA, *more)[1])["port"] for _ in range(8)}
+
+
+@pytest.mark.parametrize(
+    ("path", "lane"),
+    [
+        ("/api/2.0/mlflow/runs/create", "rest"),
+        ("/ajax-api/3.0/mlflow/runs", "rest"),
+        ("/api/2.0/mlflow/runs/get?run_id=/api/2.0/mlflow/x", "rest"),
+        ("/api/2.0/mlflow/runs/special", "everything"),
+        ("/api/2.0/mlflow/runsx", "everything"),
+        ("/x/api/2.0/mlflow/runs/create", "everything"),
+        ("/v1/traces", "everything"),
+    ],
+)
+def test_paths_part_the_lanes(host_of: HostOf, path: str, lane: str) -> None:
+    """A lane's paths reach its own servers, all others those that serve everything."""
+    assert ports(host_of(FRIEND), path, "-X", "POST") == {"rest": {5101, 5102}, "everything": {5001, 5002}}[lane]
+
+
+def test_lanes_are_drained_by_themselves(host_of: HostOf) -> None:
+    """A server is taken out of its lane alone, and each lane keeps its last one."""
+    friend, gateway = host_of(FRIEND), host_of(GATEWAY)
+    try:
+        gateway.check_output("mlflow-kit-upstream drain 127.0.0.1:5101; mlflow-kit-upstream drain 127.0.0.1:5102")
+        assert ports(friend, "/api/2.0/mlflow/runs/get") == {5102}
+        assert ports(friend, "/") == {5001, 5002}
+    finally:
+        gateway.check_output("mlflow-kit-upstream rejoin 127.0.0.1:5101")
+    assert ports(friend, "/api/2.0/mlflow/runs/get") == {5101, 5102}
+
+
+def test_static_files_are_kept_for_those_who_may_have_them(host_of: HostOf) -> None:
+    """The servers behind send each of the page's files once; who has no credential or no entry gets none of them."""
+    friend, path = host_of(FRIEND), "/static-files/main.0a1b.js"
+    first, second = (json.loads(curl(friend, path, "-u", user)[1]) for user in (ADA, GRACE))
+    assert first["headers"]["X-Request-ID"] == second["headers"]["X-Request-ID"]
+    assert "Authorization" not in first["headers"]
+    assert curl(friend, path)[0] == "401"
+    assert curl(host_of(STRANGER), path, "-u", ADA)[0] == "403"
+
+
 def test_large_bodies_pass(host_of: HostOf) -> None:
     """Half a gigabyte goes up without a limit, whole."""
     friend = host_of(FRIEND)

@@ -22,6 +22,8 @@ SECRETS = (
     "scenario-secret-99",
 )
 HostOf = Callable[[str], Any]
+# An instance that serves everything, and one of the tracking and registry API.
+LANES = pytest.mark.parametrize("port", [5001, 5101], ids=["everything", "rest"])
 
 
 @pytest.fixture
@@ -76,17 +78,18 @@ def wait_healthy(host: Any, port: int = 5001, seconds: int = 60) -> float:
     raise AssertionError(f"port {port} was not healthy within {seconds} s")
 
 
-def main_pid(host: Any, instance: int = 1) -> int:
+def main_pid(host: Any, instance: int = 1, unit: str = "mlflow") -> int:
     """The process of an instance."""
-    return int(host.check_output(f"systemctl show -p MainPID --value mlflow@{instance}"))
+    return int(host.check_output(f"systemctl show -p MainPID --value {unit}@{instance}"))
 
 
-def test_both_instances_share_the_database(host: Any) -> None:
-    """What is written through one instance is read through the other."""
+@pytest.mark.parametrize("other", [5002, 5101, 5102])
+def test_all_instances_share_the_database(host: Any, other: int) -> None:
+    """What is written through one instance is read through the others."""
     name = f"shared {time.time()}"
     status, made = api(host, "/api/2.0/mlflow/experiments/create", {"name": name})
     assert status == 200
-    status, found = api(host, f"/api/2.0/mlflow/experiments/get?experiment_id={made['experiment_id']}", port=5002)
+    status, found = api(host, f"/api/2.0/mlflow/experiments/get?experiment_id={made['experiment_id']}", port=other)
     assert (status, found["experiment"]["name"]) == (200, name)
 
 
@@ -102,21 +105,80 @@ def test_artifacts_pass_through_the_server(host: Any) -> None:
     assert host.check_output(f'python3 -c "{script}"') == "True"
 
 
+@LANES
 @pytest.mark.parametrize(
     ("header", "status"), [("Host: mlflow.test", 200), ("Host: evil.test", 403), ("Host: localhost:5001", 200)]
 )
-def test_only_known_hosts_are_answered(host: Any, header: str, status: int) -> None:
+def test_only_known_hosts_are_answered(host: Any, header: str, status: int, port: int) -> None:
     """The server refuses a Host header that is not the site's."""
     path = "/api/2.0/mlflow/experiments/search?max_results=1"
-    assert api(host, path, None, 5001, header)[0] == status
+    assert api(host, path, None, port, header)[0] == status
 
 
+@LANES
 @pytest.mark.parametrize(("origin", "status"), [("https://mlflow.test", 200), ("https://evil.test", 403)])
-def test_only_the_sites_own_pages_write(host: Any, origin: str, status: int) -> None:
+def test_only_the_sites_own_pages_write(host: Any, origin: str, status: int, port: int) -> None:
     """A page of another origin cannot write."""
     body = {"name": f"cors {time.time()}"}
     path = "/api/2.0/mlflow/experiments/create"
-    assert api(host, path, body, 5001, f"Origin: {origin}", "Host: mlflow.test")[0] == status
+    assert api(host, path, body, port, f"Origin: {origin}", "Host: mlflow.test")[0] == status
+
+
+@LANES
+def test_other_pages_may_not_frame_it(host: Any, port: int) -> None:
+    """Each answer says so to browsers."""
+    script = f"import urllib.request as u; print(u.urlopen('http://127.0.0.1:{port}/').headers['X-Frame-Options'])"
+    assert host.check_output(f'python3 -c "{script}"') == "SAMEORIGIN"
+
+
+@pytest.mark.parametrize(("unit", "port"), [("mlflow", 5001), ("mlflow-rest", 5101)])
+def test_a_request_under_way_ends_well(host: Any, unit: str, port: int) -> None:
+    """An instance that is told to stop answers first what it has begun to read."""
+    body = json.dumps({"name": f"slow {time.time()}"})
+    script = f"""
+import http.client, subprocess, time
+body = {body!r}.encode()
+c = http.client.HTTPConnection("127.0.0.1", {port}, timeout=30)
+c.putrequest("POST", "/api/2.0/mlflow/experiments/create")
+c.putheader("Content-Type", "application/json")
+c.putheader("Content-Length", str(len(body)))
+c.endheaders(body[:5])
+time.sleep(1)
+subprocess.run(["systemctl", "restart", "--no-block", "{unit}@1"], check=True)
+time.sleep(2)
+c.send(body[5:])
+print(c.getresponse().status)
+"""
+    before = main_pid(host, 1, unit)
+    host.check_output(f"cat > /tmp/slow.py <<'END'\n{script}\nEND")
+    assert host.check_output("python3 /tmp/slow.py") == "200"
+    wait_healthy(host, port)
+    assert main_pid(host, 1, unit) != before
+
+
+def test_the_rest_lane_is_small(host: Any) -> None:
+    """Its instances hold no data frames."""
+    sizes = {}
+    for unit in ("mlflow", "mlflow-rest"):
+        pid = main_pid(host, 1, unit)
+        sizes[unit] = int(host.check_output(f"grep ^Pss: /proc/{pid}/smaps_rollup").split()[1])
+        maps = host.check_output(f"cat /proc/{pid}/maps")
+        assert ("pandas" in maps) == (unit == "mlflow")
+    assert sizes["mlflow-rest"] < 0.8 * sizes["mlflow"]
+
+
+def test_lanes_are_turned_off_by_one_variable(host: Any, as_before: None) -> None:
+    """Without instances of its own the API is served by those that serve everything, and those do not restart twice."""
+    converge("-e", '{"mlflow_rest_instances": 0}')
+    assert [api(host, "/health", port=port)[0] for port in (5001, 5002, 5101, 5102)] == [200, 200, 0, 0]
+    assert "changed=0" in converge("-e", '{"mlflow_rest_instances": 0}')
+
+
+def test_paths_that_would_be_lost_stop_an_instance(host: Any, as_before: None) -> None:
+    """Where the lane's paths name a route that only the others have, those do not start, and the log says which."""
+    out = converge("-e", json.dumps({"mlflow_rest_paths": "^/v1/"}), check=False)
+    assert "POST /v1/traces" in " ".join(out.split())
+    assert api(host, "/health", port=5002)[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -124,8 +186,8 @@ def test_only_the_sites_own_pages_write(host: Any, origin: str, status: int) -> 
     [
         "ps auxeww",
         "cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n'",
-        "systemctl show 'mlflow@*' mlflow-migrate",
-        "systemctl cat 'mlflow@*' mlflow-migrate",
+        "systemctl show 'mlflow@*' 'mlflow-rest@*' mlflow-migrate",
+        "systemctl cat 'mlflow@*' 'mlflow-rest@*' mlflow-migrate",
         "journalctl --no-pager",
         "find /etc /usr/local /run /var/lib /var/log /tmp -xdev -type f -perm -o=r -exec cat {} + 2>/dev/null",
     ],
@@ -153,9 +215,10 @@ def test_the_service_user_owns_nothing_that_runs(host: Any) -> None:
     assert found == ""
 
 
-def test_the_sandbox_holds(host: Any) -> None:
+@pytest.mark.parametrize("unit", ["mlflow", "mlflow-rest"])
+def test_the_sandbox_holds(host: Any, unit: str) -> None:
     """The process cannot write outside its own folders, see other processes or gain anything."""
-    pid = main_pid(host)
+    pid = main_pid(host, 1, unit)
     enter = f"nsenter -t {pid} -m -- setpriv --reuid=mlflow --regid=mlflow --clear-groups"
     assert host.run(f"nsenter -t {pid} -m touch /etc/x").rc != 0
     assert host.run(f"nsenter -t {pid} -m touch /opt/mlflow/x").rc != 0
@@ -164,7 +227,7 @@ def test_the_sandbox_holds(host: Any) -> None:
     facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
     assert int(facts["CapEff"].strip(), 16) == 0
     assert (facts["NoNewPrivs"].strip(), facts["Seccomp"].strip()) == ("1", "2")
-    score = host.check_output("systemd-analyze security --no-pager mlflow@1 | tail -1")
+    score = host.check_output(f"systemd-analyze security --no-pager {unit}@1 | tail -1")
     assert float(score.split(":")[1].split()[0]) < 2.0, score
 
 
@@ -263,11 +326,11 @@ def test_mlflow_can_ask_for_credentials_itself(host: Any, as_before: None) -> No
         return "Authorization: Basic " + base64.b64encode(f"{user}:{secret}".encode()).decode()
 
     admin, create = login("admin", password), "/api/2.0/mlflow/experiments/create"
-    for port in (5001, 5002):
+    for port in (5001, 5002, 5101, 5102):
         assert api(host, "/health", port=port)[0] == 200
         assert api(host, create, {"name": "x"}, port)[0] == 401
         assert api(host, create, {"name": "x"}, port, login("admin", "wrong"))[0] == 401
-    status, made = api(host, create, {"name": f"owned {time.time()}"}, 5001, admin)
+    status, made = api(host, create, {"name": f"owned {time.time()}"}, 5101, admin)
     assert status == 200
     reader = {"username": f"reader{int(time.time())}", "password": "Reader-password-71xQ"}
     assert api(host, "/api/2.0/mlflow/users/create", reader, 5002, admin)[0] == 200
@@ -277,8 +340,8 @@ def test_mlflow_can_ask_for_credentials_itself(host: Any, as_before: None) -> No
         api(host, f"/api/2.0/mlflow/experiments/get?experiment_id={made['experiment_id']}", None, 5001, theirs)[0]
         == 200
     )
-    assert api(host, "/api/2.0/mlflow/experiments/update", name, 5001, theirs)[0] == 403
+    assert {api(host, "/api/2.0/mlflow/experiments/update", name, port, theirs)[0] for port in (5001, 5101)} == {403}
     shown = host.check_output(
-        "ps auxeww; systemctl show 'mlflow@*'; journalctl --no-pager; cat /etc/mlflow/basic_auth.ini"
+        "ps auxeww; systemctl show 'mlflow*@*'; journalctl --no-pager; cat /etc/mlflow/basic_auth.ini"
     )
     assert password not in shown

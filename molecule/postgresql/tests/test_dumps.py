@@ -43,7 +43,12 @@ def newest(host: Any) -> str:
 
 
 def test_a_dump_brings_the_database_back(host: Any) -> None:
-    """What came after it is gone, what was there before is back, and the owner is the owner."""
+    """What came after it is gone, what was there before is back, and the database is made as the role makes it."""
+    how = (
+        "SELECT pg_get_userbyid(datdba), datcollate, datacl, (SELECT nspacl FROM pg_namespace WHERE nspname = 'public')"
+        " FROM pg_database WHERE datname = 'mlflow'"
+    )
+    made = sql(host, how)
     sql(host, "SET role mlflow_owner; CREATE TABLE kept (n int); INSERT INTO kept VALUES (1), (2);")
     role("dump", postgresql_dump_about={"version": "1.0"}, postgresql_dump_quiet=True)
     about = json.loads(host.check_output(f"cat {FOLDER}/{newest(host)}/about.json"))
@@ -54,6 +59,7 @@ def test_a_dump_brings_the_database_back(host: Any) -> None:
     assert sql(host, "SELECT count(*), to_regclass('later') IS NULL FROM kept") == "2|t"
     assert sql(host, "SELECT DISTINCT tableowner FROM pg_tables WHERE tablename = 'kept'") == "mlflow_owner"
     assert sql(host, "SELECT count(*) FROM pg_database WHERE datname LIKE '%kit%' OR NOT datallowconn") == "1"
+    assert sql(host, how) == made
 
 
 def test_a_dump_that_would_not_hold_everything_is_none(host: Any) -> None:

@@ -69,7 +69,7 @@ def main() -> None:
     except OSError as error:
         status |= {"up": False, "why": f"port {p['port']}: {error}"}
     file = pathlib.Path(p["upstreams"])
-    lines = re.findall(r"^ *server (\S+) (.*); # mlflow$", file.read_text() if file.exists() else "", re.MULTILINE)
+    lines = re.findall(r"^ *server (\S+) (.*); # mlflow\w*$", file.read_text() if file.exists() else "", re.MULTILINE)
     status["servers"] = [server for server, _ in lines]
     status["out"] = [server for server, options in lines if " down" in f" {options}"]
     status["version"] = module.run_command(["nginx", "-v"])[2].strip().rpartition("/")[2]

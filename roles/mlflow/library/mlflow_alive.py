@@ -46,7 +46,7 @@ def main() -> None:
     if found:
         module.fail_json(
             msg=f"{len(found)} of {len(ports)} MLflow instances do not serve ({'; '.join(found)})."
-            " Next: systemctl status 'mlflow@*'; journalctl -u 'mlflow@*' -n 50."
+            " Next: systemctl status 'mlflow*@*'; journalctl -u 'mlflow*@*' -n 50."
         )
     module.exit_json(changed=False)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Keep the instances of a templated unit running as configured, one restart after the other."""
+"""Keep the instances of templated units running as configured, one restart after the other."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ from ansible.module_utils.basic import AnsibleModule
 
 DOCUMENTATION = r"""
 module: mlflow_instances
-short_description: Keep the instances of a templated unit as configured
+short_description: Keep the instances of templated units as configured
 description:
-  - Enables and starts the instances 1 to O(count) of O(unit), and stops and disables every other one.
+  - Enables and starts the instances 1 to C(count) of each unit of O(lanes), and stops and disables every other one.
   - Restarts, one after the other, each instance that is older than one of the files in O(watch) or that runs
     another interpreter than O(python) now leads to. What decides is the state of the host and not a
     notification, so a run that was interrupted is completed by the next.
-  - The unit must be of C(Type=notify), because a start is taken as healthy when systemd reports it.
+  - The units must be of C(Type=notify), because a start is taken as healthy when systemd reports it.
 options:
-  unit: {description: Name of the template without C(@)., type: str, required: true}
-  count: {description: Number of instances., type: int, required: true}
+  lanes:
+    description: Which units, in the order in which they restart.
+    type: list
+    elements: dict
+    required: true
+    suboptions:
+      unit: {description: Name of the template without C(@)., type: str, required: true}
+      count: {description: Number of instances., type: int, required: true}
+      port: {description: Port of the first instance., type: int, required: true}
   watch: {description: Files that an instance has read at its start., type: list, elements: path, default: []}
   python: {description: Path of the interpreter that an instance runs., type: path, required: true}
   drain:
@@ -32,9 +39,8 @@ options:
     elements: str
     default: []
   address: {description: Address that the instances listen on., type: str, required: true}
-  port: {description: Port of the first instance., type: int, required: true}
   first_only:
-    description: Restart the first instance alone, and take the others out of the gateway until the next run.
+    description: Restart the first instance of each lane alone, and take the others out until the next run.
     type: bool
     default: false
   force: {description: Restart whatever the state., type: bool, default: false}
@@ -45,20 +51,20 @@ RETURN = r"""
 done: {description: "What was done, or would be, in words.", type: list, elements: str, returned: success}
 instances:
   description: >-
-    With O(look), each instance: its number, whether it is C(active), C(since) (seconds since the epoch), memory in
-    bytes, health as an HTTP status with its time in ms, version, and why a restart is C(pending), if one is.
+    With O(look), each instance: its unit, its number, whether it is C(active), C(since) (seconds since the epoch),
+    memory in bytes, health as an HTTP status with its time in ms, version, and why a restart is C(pending), if one is.
   type: list
   elements: dict
   returned: when only looking
 """
 
 
-class Units:
+class Lane:
     """systemctl for the instances of one template."""
 
-    def __init__(self, module: AnsibleModule, unit: str) -> None:
-        """Remember the module and the template's name."""
-        self.module, self.unit = module, unit
+    def __init__(self, module: AnsibleModule, unit: str, count: int, port: int) -> None:
+        """Remember the module, the template's name, how many instances there are to be, and the first one's port."""
+        self.module, self.unit, self.count, self.port = module, unit, count, port
 
     def systemctl(self, *argv: str, check: bool = True) -> str:
         """Run systemctl and return its output; ends the module with the journal's last lines when it fails."""
@@ -72,6 +78,14 @@ class Units:
     def name(self, instance: int) -> str:
         """The unit's full name."""
         return f"{self.unit}@{instance}.service"
+
+    def names(self) -> list[str]:
+        """The units that there are to be."""
+        return [self.name(instance) for instance in range(1, self.count + 1)]
+
+    def address(self, instance: int) -> str:
+        """HOST:PORT of an instance."""
+        return f"{self.module.params['address']}:{self.port + instance - 1}"
 
     def known(self) -> dict[int, tuple[bool, bool]]:
         """Instance to (enabled, active), for all that systemd or its folder of links knows."""
@@ -96,10 +110,16 @@ class Units:
         up = float(pathlib.Path("/proc/uptime").read_text().split()[0])
         return pid, time.time() - up + int(fields[19]) / 100
 
+    def tell(self, verb: str, instance: int) -> None:
+        """Tell the gateway that an instance goes or is back; the module ends when the gateway does not take it."""
+        drain = self.module.params["drain"]
+        if drain and pathlib.Path(drain[0]).exists():
+            self.module.run_command([*drain, verb, self.address(instance)], check_rc=True)
 
-def stale(units: Units, instance: int, watch: typing.Sequence[str], python: str) -> str:
+
+def stale(lane: Lane, instance: int, watch: typing.Sequence[str], python: str) -> str:
     """Why the running instance must be restarted, or nothing."""
-    pid, began = units.started(instance)
+    pid, began = lane.started(instance)
     if not pid:
         return "it does not run"
     wanted, runs = pathlib.Path(python).resolve(), pathlib.Path(f"/proc/{pid}/exe").resolve()
@@ -134,21 +154,22 @@ def memory(pid: int) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def look(module: AnsibleModule, units: Units) -> list[dict[str, typing.Any]]:
+def look(module: AnsibleModule, lane: Lane) -> list[dict[str, typing.Any]]:
     """How each instance is that there is or ought to be."""
-    p, known = module.params, units.known()
+    p, known = module.params, lane.known()
     found = []
-    for instance in sorted(set(known) | set(range(1, p["count"] + 1))):
+    for instance in sorted(set(known) | set(range(1, lane.count + 1))):
         active = known.get(instance, (False, False))[1]
-        pid, began = units.started(instance) if active else (0, 0.0)
-        address = f"http://{p['address']}:{p['port'] + instance - 1}"
+        pid, began = lane.started(instance) if active else (0, 0.0)
+        address = f"http://{lane.address(instance)}"
         health, _, took = ask(f"{address}/health") if active else (0, "", 0.0)
-        pending = stale(units, instance, p["watch"], p["python"]) if active else ""
-        if instance > p["count"]:
-            pending = f"it is to stop, since there are to be {p['count']}"
+        pending = stale(lane, instance, p["watch"], p["python"]) if active else ""
+        if instance > lane.count:
+            pending = f"it is to stop, since there are to be {lane.count}"
         version = ask(f"{address}/version")[1].strip() if active else ""
         found.append(
             {
+                "unit": lane.unit,
                 "instance": instance,
                 "active": active,
                 "since": round(began),
@@ -162,19 +183,44 @@ def look(module: AnsibleModule, units: Units) -> list[dict[str, typing.Any]]:
     return found
 
 
-def tell(module: AnsibleModule, verb: str, instance: int) -> None:
-    """Tell the gateway that an instance goes or is back; the module ends when the gateway does not take it."""
-    p = module.params
-    if p["drain"] and pathlib.Path(p["drain"][0]).exists():
-        module.run_command([*p["drain"], verb, f"{p['address']}:{p['port'] + instance - 1}"], check_rc=True)
+def keep(module: AnsibleModule, lane: Lane, known: dict[int, tuple[bool, bool]]) -> list[str]:
+    """Bring a lane's instances to what they are to be, one after the other, and return what was done in words."""
+    p, done = module.params, []
+    for instance in range(1, lane.count + 1):
+        if p["first_only"] and instance > 1:
+            lane.tell("drain", instance)
+            continue
+        enabled, active = known.get(instance, (False, False))
+        why = "it does not run" if not active else stale(lane, instance, p["watch"], p["python"])
+        if p["force"] and not why:
+            why = "a restart was asked for"
+        if not enabled:
+            done.append(f"{lane.unit}@{instance}: enabled")
+            if not module.check_mode:
+                lane.systemctl("enable", "--quiet", lane.name(instance))
+        if why:
+            done.append(f"{lane.unit}@{instance}: restarted, since {why}")
+            if not module.check_mode:
+                if active:
+                    lane.tell("drain", instance)
+                lane.systemctl("reset-failed", lane.name(instance), check=False)
+                lane.systemctl("restart", lane.name(instance))
+        if not module.check_mode:
+            # Also what an interrupted run has left outside.
+            lane.tell("rejoin", instance)
+    return done
 
 
 def main() -> None:
     """Entry point of the module."""
+    lane_spec = {
+        "unit": {"type": "str", "required": True},
+        "count": {"type": "int", "required": True},
+        "port": {"type": "int", "required": True},
+    }
     module = AnsibleModule(
         argument_spec={
-            "unit": {"type": "str", "required": True},
-            "count": {"type": "int", "required": True},
+            "lanes": {"type": "list", "elements": "dict", "required": True, "options": lane_spec},
             "watch": {"type": "list", "elements": "path", "default": []},
             "python": {"type": "path", "required": True},
             "force": {"type": "bool", "default": False},
@@ -182,52 +228,33 @@ def main() -> None:
             "first_only": {"type": "bool", "default": False},
             "drain": {"type": "list", "elements": "str", "default": []},
             "address": {"type": "str", "required": True},
-            "port": {"type": "int", "required": True},
         },
         supports_check_mode=True,
     )
     p = module.params
-    units = Units(module, p["unit"])
+    lanes = [Lane(module, **lane) for lane in p["lanes"]]
     if p["look"]:
-        module.exit_json(changed=False, done=[], instances=look(module, units))
-    known = units.known()
+        module.exit_json(changed=False, done=[], instances=[one for lane in lanes for one in look(module, lane)])
+    known = {lane.unit: lane.known() for lane in lanes}
     done: list[str] = []
-    if not module.check_mode and "yes" in units.systemctl("show", "-p", "NeedDaemonReload", units.name(1)):
-        units.systemctl("daemon-reload")
-    for instance in sorted(set(known) - set(range(1, p["count"] + 1))):
-        done.append(f"{instance}: stopped, since there are to be {p['count']}")
-        if not module.check_mode:
-            units.systemctl("disable", "--now", units.name(instance))
-    if not p["count"]:
-        module.exit_json(changed=bool(done), done=done)
-    if not module.check_mode and not any(active for _, active in known.values()):
+    names = [name for lane in lanes for name in lane.names()]
+    for name in names if not module.check_mode else []:
+        if "yes" in lanes[0].systemctl("show", "-p", "NeedDaemonReload", name):
+            lanes[0].systemctl("daemon-reload")
+            break
+    for lane in lanes:
+        for instance in sorted(set(known[lane.unit]) - set(range(1, lane.count + 1))):
+            done.append(f"{lane.unit}@{instance}: stopped, since there are to be {lane.count}")
+            if not module.check_mode:
+                lane.systemctl("disable", "--now", lane.name(instance))
+    served = any(active for found in known.values() for _, active in found.values())
+    if names and not served and not module.check_mode:
         # Nobody is served yet: all at once.
-        names = [units.name(instance) for instance in range(1, p["count"] + 1)]
-        units.systemctl("reset-failed", *names, check=False)
-        units.systemctl("enable", "--now", "--quiet", *names)
+        lanes[0].systemctl("reset-failed", *names, check=False)
+        lanes[0].systemctl("enable", "--now", "--quiet", *names)
         module.exit_json(changed=True, done=[*done, "all were enabled and started"])
-    for instance in range(1, p["count"] + 1):
-        if p["first_only"] and instance > 1:
-            tell(module, "drain", instance)
-            continue
-        enabled, active = known.get(instance, (False, False))
-        why = "it does not run" if not active else stale(units, instance, p["watch"], p["python"])
-        if p["force"] and not why:
-            why = "a restart was asked for"
-        if not enabled:
-            done.append(f"{instance}: enabled")
-            if not module.check_mode:
-                units.systemctl("enable", "--quiet", units.name(instance))
-        if why:
-            done.append(f"{instance}: restarted, since {why}")
-            if not module.check_mode:
-                if active:
-                    tell(module, "drain", instance)
-                units.systemctl("reset-failed", units.name(instance), check=False)
-                units.systemctl("restart", units.name(instance))
-        if not module.check_mode:
-            # Also what an interrupted run has left outside.
-            tell(module, "rejoin", instance)
+    for lane in lanes:
+        done += keep(module, lane, known[lane.unit])
     module.exit_json(changed=bool(done), done=done)
 
 

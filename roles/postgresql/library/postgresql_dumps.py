@@ -205,7 +205,11 @@ class Dumps:
         try:
             for name in about["databases"]:
                 new = identifier(f"{name}_kit_new")
-                self.server.sql(f"CREATE DATABASE {new} TEMPLATE template0 OWNER {owner} ENCODING 'UTF8';")
+                # As postgresql_objects makes and closes it: a dump of one database holds nothing of this.
+                how = "TEMPLATE template0 ENCODING 'UTF8' LOCALE 'C.UTF-8'"
+                self.server.sql(f"CREATE DATABASE {new} OWNER {owner} {how};")
+                self.server.sql(f"REVOKE ALL ON DATABASE {new} FROM PUBLIC;")
+                self.server.sql("REVOKE ALL ON SCHEMA public FROM PUBLIC;", f"{name}_kit_new")
                 with (self.folder / about["name"] / f"{name}.dump").open("rb") as file:
                     argv = ["--no-owner", "--no-acl", "--exit-on-error", f"--role={self.p['owner']}"]
                     self.program("pg_restore", *argv, "-d", f"{name}_kit_new", stdin=file)

@@ -6,11 +6,17 @@ Versions from 2.22 on are served: the FastAPI application where there is one, el
 them in their environment, where `ps` shows them. Here the settings come from the unit's EnvironmentFile, the
 secrets from systemd credentials, and both stay in this process.
 
-Usage: launcher.py serve INSTANCE | migrate | upgrade | schema SINCE | rewrap | check-settings FILE
+There are two lanes. `serve` has everything that MLflow serves; `rest` has the tracking and registry API alone, by the
+Flask application that answers it in both, without an event loop and a second framework before it.
+
+Usage: launcher.py serve INSTANCE | rest INSTANCE | migrate | upgrade | schema SINCE | rewrap | routes
+       | check-settings FILE
 """
 
 from __future__ import annotations
 
+import contextvars
+import gc
 import hashlib
 import importlib.util
 import json
@@ -18,8 +24,10 @@ import logging
 import os
 import pathlib
 import re
+import signal
 import socket
 import sys
+import threading
 import time
 import typing
 import uuid
@@ -31,6 +39,7 @@ ELSEWHERE |= {"PGSSLROOTCERT", "PGSSLMODE", "PGAPPNAME", "PGCONNECT_TIMEOUT", "P
 ELSEWHERE |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
 # The launcher's own.
 OURS = {"MLFLOW_KIT_SHUTDOWN_SECONDS", "MLFLOW_KIT_AUTH_DATABASE_URI"}
+OURS |= {"MLFLOW_KIT_REST_PORT", "MLFLOW_KIT_REST_THREADS", "MLFLOW_KIT_REST_PATHS"}
 # What the kit sets for every version, whether the installed one reads it or not.
 OURS |= {"MLFLOW_CRYPTO_KEK_VERSION", "MLFLOW_CRYPTO_KEK_PASSPHRASE", "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"}
 OURS |= {"MLFLOW_SERVER_ALLOWED_HOSTS", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", "MLFLOW_SERVER_X_FRAME_OPTIONS"}
@@ -47,7 +56,25 @@ HANDED = {
     "MLFLOW_ARTIFACTS_ONLY": "ARTIFACTS_ONLY_ENV_VAR",
     "MLFLOW_EXPOSE_PROMETHEUS": "PROMETHEUS_EXPORTER_ENV_VAR",
 }
+# What computes and draws: MLflow goes without it where it is not installed, and no answer of its server needs it.
+UNNEEDED = {"scipy", "sklearn", "matplotlib"}
+# Data frames: half of a process's memory, and nothing that the tracking API needs.
+FRAMES = {"pandas", "pyarrow"}
+# What MLflow's own questions of a large experiment want and its schema lacks: name, table, what is indexed. Its
+# migrations neither know nor mind them: columns that change take their indexes along.
+INDEXES = (
+    # The list of runs, newest first, in the very words of its ORDER BY: otherwise all runs are sorted for each page.
+    (
+        "mlflow_kit_runs_newest",
+        "runs (experiment_id, lifecycle_stage, (CASE WHEN start_time IS NULL THEN 1 ELSE 0 END), start_time DESC, "
+        "run_uuid)",
+    ),
+    # Runs whose metric is below or above something.
+    ("mlflow_kit_latest_metrics_value", "latest_metrics (key, value) INCLUDE (run_uuid, is_nan)"),
+)
 log = logging.getLogger("mlflow-kit")
+# Which request of the gateway's log a thread or task is at.
+request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 
 
 def _true(name: str) -> bool:
@@ -397,6 +424,8 @@ def migrate() -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     SqlAlchemyStore(uri, artifact_root())
+    if lock is not None:
+        index(uri)
     users = os.environ.get("MLFLOW_KIT_AUTH_DATABASE_URI", "")
     if users:
         from mlflow.server import auth
@@ -413,6 +442,21 @@ def migrate() -> None:
     (pathlib.Path(os.environ["STATE_DIRECTORY"]) / "migrated").write_text(
         hashlib.sha256(stamp.encode()).hexdigest() + "\n"
     )
+
+
+def index(uri: str) -> None:
+    """Make those of INDEXES that a PostgreSQL lacks. They are for speed: one that cannot be made is only told of."""
+    import sqlalchemy
+
+    with sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool).connect() as connection:
+        connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+        # Whoever works on the table is not to wait for long behind this, which waits for others.
+        connection.execute(sqlalchemy.text("SET lock_timeout = '5s'"))
+        for name, what in INDEXES:
+            try:
+                connection.execute(sqlalchemy.text(f"CREATE INDEX IF NOT EXISTS {name} ON {what}"))
+            except sqlalchemy.exc.DBAPIError as error:
+                log.warning("no index %s: %s", name, str(error.orig).strip())
 
 
 def artifact_root() -> str:
@@ -434,23 +478,17 @@ def _start_jobs(handed: dict[str, str], address: str) -> None:
     )
 
 
-def serve(instance: int) -> None:
-    """Serve as the `instance`-th on this host (from 1): the port counts up from MLFLOW_PORT.
-
-    systemd learns that the instance is ready only when it listens and both stores have answered. Raises
-    SystemExit for settings that the version does not read; the stores' own errors when they do not answer.
-    """
+def _prepare(kind: str) -> dict[str, str]:
+    """Set up the environment that the command line would hand to a worker of `kind`, and return what it hands over."""
     notify("STATUS=importing")
     artifacts = _true("MLFLOW_SERVE_ARTIFACTS")
-    uri = os.environ.get("MLFLOW_BACKEND_STORE_URI", "")
     os.environ["MLFLOW_DEFAULT_ARTIFACT_ROOT"] = artifact_root()
     os.environ["MLFLOW_SERVE_ARTIFACTS"] = "true" if artifacts else ""
     os.environ["MLFLOW_ARTIFACTS_ONLY"] = "true" if _true("MLFLOW_ARTIFACTS_ONLY") else ""
-    os.environ.setdefault("MLFLOW_REGISTRY_STORE_URI", uri)
+    os.environ.setdefault("MLFLOW_REGISTRY_STORE_URI", os.environ.get("MLFLOW_BACKEND_STORE_URI", ""))
     handed = {inner: os.environ[name] for name, inner in internal_names().items() if os.environ.get(name)}
-    handed |= {"_MLFLOW_SERVER_BOOT_ID": uuid.uuid4().hex, "_MLFLOW_SGI_NAME": "uvicorn"}
-    jobs = _true("MLFLOW_SERVER_ENABLE_JOB_EXECUTION")
-    if jobs:
+    handed |= {"_MLFLOW_SERVER_BOOT_ID": uuid.uuid4().hex, "_MLFLOW_SGI_NAME": kind}
+    if _true("MLFLOW_SERVER_ENABLE_JOB_EXECUTION"):
         # The instances of a host share one queue; the first of them runs what works it off.
         queue = pathlib.Path(os.environ["STATE_DIRECTORY"]) / "jobs"
         queue.mkdir(exist_ok=True)
@@ -458,23 +496,12 @@ def serve(instance: int) -> None:
     # The migration has made the first user, under its lock.
     handed["_MLFLOW_AUTH_ADMIN_BOOTSTRAPPED"] = "true"
     os.environ.update(handed)
+    return handed
 
-    import uvicorn
+
+def _open_stores() -> None:
+    """Open both stores; their own errors are raised when they do not answer."""
     from mlflow.server import handlers
-
-    app: typing.Any
-    if os.environ.get("MLFLOW_KIT_AUTH_DATABASE_URI"):
-        from mlflow.server.auth import create_app
-
-        app = create_app()
-    elif _source("mlflow", "server/fastapi_app.py"):
-        from mlflow.server.fastapi_app import app
-    else:
-        from mlflow.server import app
-    if type(app).__name__ == "Flask":
-        from a2wsgi import WSGIMiddleware
-
-        app = WSGIMiddleware(app, workers=40)
 
     # Refused when the settings are written; after a way back to an older version it serves all the same.
     stray = unread(os.environ)
@@ -482,11 +509,114 @@ def serve(instance: int) -> None:
         log.error("the installed MLflow reads no %s: correct mlflow_environment", ", ".join(stray))
     if not _true("MLFLOW_ARTIFACTS_ONLY"):
         notify("STATUS=opening the stores")
+        uri = os.environ.get("MLFLOW_BACKEND_STORE_URI", "")
         handlers.initialize_backend_stores(
             uri, os.environ["MLFLOW_REGISTRY_STORE_URI"], os.environ["MLFLOW_DEFAULT_ARTIFACT_ROOT"]
         )
 
-    host, port = os.environ["MLFLOW_HOST"], int(os.environ["MLFLOW_PORT"]) + instance - 1
+
+class Absent:
+    """Lets the imports of some packages fail as if they were not installed, for as long as a `with` lasts.
+
+    What a rare request imports later on, it gets.
+    """
+
+    def __init__(self, names: set[str]) -> None:
+        """Take the packages' names."""
+        self.names = names
+
+    def __enter__(self) -> None:
+        """Begin."""
+        sys.meta_path.insert(0, self)  # type: ignore[arg-type]
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+
+    def find_spec(self, name: str, path: typing.Any = None, target: typing.Any = None) -> None:
+        """Refuse the packages by the error that an import of a missing one raises."""
+        if name in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def mark_log() -> None:
+    """Let every line of the log name the request that it belongs to, as the gateway's log names it."""
+    formatter = logging.Formatter("%(levelname)s %(name)s [%(request)s]: %(message)s")
+    plain = logging.getLogRecordFactory()
+
+    def record(*args: typing.Any, **more: typing.Any) -> logging.LogRecord:
+        made = plain(*args, **more)
+        made.request = request_id.get()
+        return made
+
+    logging.setLogRecordFactory(record)
+    for logger in (logging.getLogger(), *map(logging.getLogger, ("mlflow", "alembic", "uvicorn"))):
+        for handler in logger.handlers:
+            handler.setFormatter(formatter)
+
+
+class Marked:
+    """An application, WSGI or ASGI, that knows which request it is at."""
+
+    def __init__(self, app: typing.Any) -> None:
+        """Wrap `app`."""
+        self.app = app
+
+    def wsgi(self, environ: dict[str, typing.Any], start: typing.Any) -> typing.Any:
+        """Answer as a WSGI application."""
+        request_id.set(environ.get("HTTP_X_REQUEST_ID", "-"))
+        return self.app(environ, start)
+
+    async def __call__(self, scope: typing.Any, receive: typing.Any, send: typing.Any) -> None:
+        """Answer as an ASGI application."""
+        if scope["type"] == "http":
+            held = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"-")
+            request_id.set(held.decode("latin-1"))
+        await self.app(scope, receive, send)
+
+
+def _settle() -> None:
+    """Leave what was imported out of every later collection of garbage, which happens less often, too."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10000, 20, 50)
+
+
+def serve(instance: int, further: list[dict[str, typing.Any]], first_port: int = 0) -> None:
+    """Serve everything as the `instance`-th on this host (from 1): ports count up from `first_port`, or MLFLOW_PORT.
+
+    `further` is what load_secrets returns.
+    systemd learns that the instance is ready only when it listens and both stores have answered. Raises
+    SystemExit for settings that the version does not read; the stores' own errors when they do not answer.
+    """
+    with Absent(UNNEEDED):
+        accept_further(further)
+        handed = _prepare("uvicorn")
+        app: typing.Any
+        if os.environ.get("MLFLOW_KIT_AUTH_DATABASE_URI"):
+            from mlflow.server.auth import create_app
+
+            app = create_app()
+        elif _source("mlflow", "server/fastapi_app.py"):
+            from mlflow.server.fastapi_app import app
+        else:
+            from mlflow.server import app
+    import uvicorn
+
+    if type(app).__name__ == "Flask":
+        from a2wsgi import WSGIMiddleware
+
+        app = WSGIMiddleware(app, workers=40)
+    lost = misled(*routes_of(app), os.environ.get("MLFLOW_KIT_REST_PATHS", ""))
+    if lost:
+        # Never served by halves: an upgrade to such a version puts itself back.
+        sys.exit(
+            f"mlflow_rest_paths sends {', '.join(lost)} to the lane that has no such route in the installed MLflow: "
+            "correct it, or set mlflow_rest_instances: 0"
+        )
+    _open_stores()
+    mark_log()
+    host, port = os.environ["MLFLOW_HOST"], (first_port or int(os.environ["MLFLOW_PORT"])) + instance - 1
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -499,7 +629,7 @@ def serve(instance: int) -> None:
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
-        app,
+        Marked(app),
         host=host,
         port=port,
         access_log=False,  # the gateway keeps it, with the user's name
@@ -509,9 +639,110 @@ def serve(instance: int) -> None:
         timeout_graceful_shutdown=int(os.environ.get("MLFLOW_KIT_SHUTDOWN_SECONDS", "30")),
         log_config=None,
     )
-    if jobs and instance == 1:
+    if _true("MLFLOW_SERVER_ENABLE_JOB_EXECUTION") and instance == 1 and not first_port:
         _start_jobs(handed, f"http://{host}:{port}")
+    _settle()
     Server(config).run()
+
+
+def rest(instance: int, further: list[dict[str, typing.Any]]) -> None:
+    """Serve the tracking and registry API as the `instance`-th on this host: ports count up from MLFLOW_KIT_REST_PORT.
+
+    An environment from before there were lanes has no server for it: there everything is served. `further` is what
+    load_secrets returns. Raises as `serve`.
+    """
+    first = int(os.environ["MLFLOW_KIT_REST_PORT"])
+    if importlib.util.find_spec("cheroot") is None:
+        serve(instance, further, first)
+        return
+    users = bool(os.environ.get("MLFLOW_KIT_AUTH_DATABASE_URI"))
+    # MLflow's own users come with the other application, which does not go without data frames.
+    with Absent(UNNEEDED if users else UNNEEDED | FRAMES):
+        accept_further(further)
+        _prepare("gunicorn")  # what MLflow calls servers of its Flask application
+        from mlflow.server import app
+
+        if users:
+            from mlflow.server.auth import create_app
+
+            create_app(app)
+    _open_stores()
+    mark_log()
+    import cheroot.wsgi
+
+    host, port = os.environ["MLFLOW_HOST"], first + instance - 1
+    server = cheroot.wsgi.Server(
+        (host, port),
+        Marked(app).wsgi,
+        numthreads=int(os.environ.get("MLFLOW_KIT_REST_THREADS", "8")),
+        request_queue_size=1024,
+        timeout=90,  # longer than the gateway keeps a connection: it must be the one that closes
+        shutdown_timeout=int(os.environ.get("MLFLOW_KIT_SHUTDOWN_SECONDS", "30")),
+        server_name="",
+    )
+
+    def stop(*_: typing.Any) -> None:
+        notify("STOPPING=1\nSTATUS=finishing what is under way")
+        # It waits for the loop that this very thread is in.
+        threading.Thread(target=server.stop).start()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    server.prepare()
+    _settle()
+    notify(f"READY=1\nSTATUS=serving on {host} port {port}")
+    server.serve()
+
+
+Route = tuple[str, str]
+
+
+def routes_of(app: typing.Any) -> tuple[set[Route], set[Route]]:
+    """Which (method, path) the application has of its own, and which by the Flask application within it."""
+    from mlflow.server import app as flask
+
+    own: set[Route] = set()
+    contexts: typing.Any = getattr(app, "routes", [])
+    if importlib.util.find_spec("fastapi"):
+        from fastapi import routing
+
+        if hasattr(routing, "iter_route_contexts"):  # where routers keep their routes to themselves
+            contexts = routing.iter_route_contexts(contexts)
+    for one in contexts:
+        own |= {(method, one.path) for method in getattr(one, "methods", None) or () if one.path}
+    inner = {(method, str(rule)) for rule in flask.url_map.iter_rules() for method in rule.methods or ()}
+    return own, inner
+
+
+def misled(own: set[Route], inner: set[Route], paths: str) -> list[str]:
+    """The routes that the regular expression `paths` would lead to a lane which has them not, sorted.
+
+    `own` are those of the full application alone, `inner` those of the Flask application.
+    """
+    if not paths:
+        return []
+
+    def shape(path: str) -> str:
+        return re.sub(r"<[^>]*>|\{[^}]*\}", "x", path)
+
+    there = {(method, shape(path)) for method, path in inner}
+    lost = {(m, p) for m, p in own if re.search(paths, shape(p)) and (m, shape(p)) not in there}
+    return sorted(f"{method} {path}" for method, path in lost)
+
+
+def routes() -> None:
+    """Print every route of the installed MLflow, and which lane has it, as JSON. Needs no database."""
+    os.environ.setdefault("MLFLOW_SERVE_ARTIFACTS", "true")
+    for name in ("MLFLOW_BACKEND_STORE_URI", "MLFLOW_KIT_AUTH_DATABASE_URI"):
+        os.environ.pop(name, None)
+    _prepare("uvicorn")
+    if _source("mlflow", "server/fastapi_app.py"):
+        from mlflow.server.fastapi_app import app
+    else:
+        from mlflow.server import app
+    own, inner = routes_of(app)
+    paths = os.environ.get("MLFLOW_KIT_REST_PATHS", "")
+    print(json.dumps({"own": sorted(own), "flask": sorted(inner), "misled": misled(own, inner, paths)}))
 
 
 def stay_in_place() -> None:
@@ -529,8 +760,11 @@ def main() -> None:
     stay_in_place()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     if len(sys.argv) == 3 and sys.argv[1] == "serve":
-        accept_further(load_secrets())
-        serve(int(sys.argv[2]))
+        serve(int(sys.argv[2]), load_secrets())
+    elif len(sys.argv) == 3 and sys.argv[1] == "rest":
+        rest(int(sys.argv[2]), load_secrets())
+    elif sys.argv[1:] == ["routes"]:
+        routes()
     elif sys.argv[1:] == ["rewrap"]:
         further = load_secrets()
         accept_further(further)

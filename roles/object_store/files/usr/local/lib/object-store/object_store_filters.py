@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
+import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import parse_qs
@@ -57,6 +59,45 @@ class SignedOnly:
         return [b"" if env["REQUEST_METHOD"] == "HEAD" else DENIED]
 
 
+class LiveKeys:
+    """Swift's tempauth with the keys of a file that is looked at before each request.
+
+    A reload for a key would close every connection that stands idle, a gateway's too, and with it what was just sent
+    on one. This way a key counts from the next request on, for connections that are open as well.
+    """
+
+    def __init__(self, auth: Any, path: str, prefix: str = "AUTH_") -> None:
+        """Wrap `auth`, a TempAuth; `path` is JSON of access keys and their secrets. Raises when it cannot be read."""
+        self.auth, self.path, self.prefix = auth, pathlib.Path(path), prefix
+        self.seen = self.stamp()
+        self.read()
+
+    def stamp(self) -> tuple[int, int, int]:
+        """What differs once the file was replaced."""
+        found = self.path.stat()
+        return found.st_mtime_ns, found.st_ino, found.st_size
+
+    def read(self) -> None:
+        """Take the file's keys instead of those known so far."""
+        users = {}
+        for name, secret in json.loads(self.path.read_text()).items():
+            url = f"$HOST/v1/{self.prefix}{name.partition(':')[0]}"
+            users[name] = {"key": str(secret), "url": url, "groups": [".admin"]}
+        self.auth.users = users
+
+    def __call__(self, env: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Handle one request."""
+        try:
+            stamp = self.stamp()
+            if stamp != self.seen:
+                self.seen = stamp
+                self.read()
+        except (OSError, ValueError, AttributeError) as error:
+            # The keys known so far go on: who changes them tries them, and is told.
+            self.auth.logger.error("%s cannot be read: %s", self.path, error)
+        return self.auth(env, start_response)  # type: ignore[no-any-return]
+
+
 def delete_md5(_: dict[str, str], **__: str) -> type[DeleteMD5]:
     """Give paste the filter DeleteMD5."""
     return DeleteMD5
@@ -65,3 +106,11 @@ def delete_md5(_: dict[str, str], **__: str) -> type[DeleteMD5]:
 def signed_only(_: dict[str, str], **__: str) -> type[SignedOnly]:
     """Give paste the filter SignedOnly."""
     return SignedOnly
+
+
+def live_keys(common: dict[str, str], keys: str, **own: str) -> Callable[[App], LiveKeys]:
+    """Give paste the filter LiveKeys around Swift's own tempauth."""
+    from swift.common.middleware import tempauth  # noqa: PLC0415 - the tests of the other filters have no Swift
+
+    make = tempauth.filter_factory(common, **own)
+    return lambda app: LiveKeys(make(app), keys)

@@ -1,4 +1,4 @@
-"""Ansible module: folders and whole files in one call, since a task for each costs more than the service's start."""
+"""Ansible module: folders and whole files in one call, since a task for each costs more than most services' start."""
 
 from __future__ import annotations
 

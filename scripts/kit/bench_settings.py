@@ -1,0 +1,159 @@
+"""Whether the kit's own defaults pay: the site as it is deployed, beside the same site without one of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from kit import bench_api, vm
+from kit.bench_idle import read_memory
+from kit.bench_lab import KIT, Lab, Measurement, medians, say
+from kit.bench_sides import Sides
+
+REST = "mlflow-rest@1.service"
+DROP_IN = f"/run/systemd/system/{REST}.d/bench.conf"
+# How long the unit takes until it serves, by systemd's own clock, in seconds.
+STARTED = """
+import re, subprocess
+def stamp(name):
+    shown = subprocess.run(["systemctl", "show", "-p", name, "--value", UNIT], capture_output=True, text=True).stdout
+    return int(shown) / 1e6
+subprocess.run(["systemctl", "restart", UNIT], check=True)
+print(stamp("ActiveEnterTimestampMonotonic") - stamp("InactiveExitTimestampMonotonic"))
+"""
+INDEXES = "SELECT indexdef FROM pg_indexes WHERE indexname LIKE 'mlflow_kit_%' ORDER BY 1"
+
+
+class Setting(NamedTuple):
+    """A default: how it is taken away and brought back, what is measured, and what that is called."""
+
+    name: str
+    without: Callable[[], None]
+    back: Callable[[], None]
+    figure: Callable[[int], float]
+    unit: str
+    better: str
+    peer: str
+
+
+def sql(text: str) -> str:
+    """Run SQL in the site's database as its superuser and return what it prints."""
+    vm.write(KIT, "/root/bench-settings.sql", text.encode())
+    return vm.execute(KIT, "sh", "-c", "cd / && runuser -u postgres -- psql -qXAt -d mlflow < /root/bench-settings.sql")
+
+
+def drop_in(*lines: str) -> None:
+    """Give the units of the fast lane these lines until the machine is gone; none takes them away again."""
+    vm.execute(KIT, "sh", "-c", f"rm -f {DROP_IN}; mkdir -p {DROP_IN.rpartition('/')[0]}")
+    if lines:
+        vm.write(KIT, DROP_IN, ("[Service]\n" + "\n".join(lines) + "\n").encode())
+    vm.execute(KIT, "systemctl", "daemon-reload")
+
+
+def start_seconds(_round: int) -> float:
+    """Seconds from the start of an instance of the fast lane to the moment when it serves."""
+    vm.write(KIT, "/root/bench-start.py", f"UNIT = {REST!r}\n{STARTED}".encode())
+    return float(vm.execute(KIT, "python3", "/root/bench-start.py"))
+
+
+def memory_mb(_round: int) -> float:
+    """Memory of all instances in MB."""
+    return float(read_memory(KIT, {"kit": bench_api.MEMORY["kit"]})["kit"][0])
+
+
+def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
+    """For each default its figure with and without, in turn, `rounds` rounds."""
+    sides = Sides(lab)
+    vm.execute(KIT, "sh", "-c", "apt-get install -yqq --no-install-recommends wrk >/dev/null 2>&1")
+    filled = bench_api.fill(sides)
+    kept = sql(INDEXES).splitlines()
+    names = [re.findall(r"INDEX (\S+) ON", line)[0] for line in kept]
+
+    def requests(case: str) -> Callable[[int], float]:
+        def figure(number: int) -> float:
+            bench_api.wrk(sides, case, number, filled, bench_api.WARM)
+            return bench_api.wrk(sides, case, number, filled, bench_api.SECONDS)["requests_s"]
+
+        return figure
+
+    def deployed(**settings: Any) -> Callable[[], None]:
+        def deploy() -> None:
+            given = json.dumps(settings)
+            lab.playbook("playbooks/mlflow.yml", "playbooks/gateway.yml", "-e", given, log="bench-settings")
+            sides.wait()
+
+        return deploy
+
+    yield from compared(
+        [
+            Setting(
+                "lane of its own for the API, log-metric",
+                deployed(mlflow_rest_instances=0),
+                deployed(),
+                requests("log-metric"),
+                "requests/s",
+                "higher",
+                "all by the instances that serve everything",
+            ),
+            Setting(
+                "indexes for MLflow's searches",
+                lambda: _void(sql("".join(f"DROP INDEX {name};" for name in names))),
+                lambda: _void(sql(";".join([*kept, "ANALYZE"]))),
+                requests("search"),
+                "requests/s",
+                "higher",
+                "MLflow's own schema",
+            ),
+            Setting(
+                "indexes for MLflow's searches, log-metric",
+                lambda: _void(sql("".join(f"DROP INDEX {name};" for name in names))),
+                lambda: _void(sql(";".join([*kept, "ANALYZE"]))),
+                requests("log-metric"),
+                "requests/s",
+                "higher",
+                "MLflow's own schema",
+            ),
+            Setting(
+                "bytecode made at installation, start of an instance",
+                lambda: drop_in("Environment=PYTHONPYCACHEPREFIX=/nonexistent"),
+                drop_in,
+                start_seconds,
+                "s",
+                "lower",
+                "bytecode that cannot be written at the start",
+            ),
+            Setting(
+                "two arenas of malloc, memory after the work",
+                deployed(mlflow_environment={"MALLOC_ARENA_MAX": 0}),
+                deployed(),
+                lambda number: (requests("search")(number), memory_mb(number))[1],
+                "MB PSS",
+                "lower",
+                "malloc's own number of arenas",
+            ),
+        ],
+        rounds,
+    )
+
+
+def _void(_: object) -> None:
+    return None
+
+
+def compared(settings: Sequence[Setting], rounds: int) -> Iterator[Measurement]:
+    """Measure each setting with and without it in turn; whatever happens it is brought back."""
+    for one in settings:
+        found: dict[str, list[dict[str, float]]] = {"kit": [], "peer": []}
+        for number in range(rounds):
+            found["kit"].append({"figure": one.figure(2 * number)})
+            try:
+                one.without()
+                found["peer"].append({"figure": one.figure(2 * number + 1)})
+            finally:
+                one.back()
+            say(f"{one.name}: {found['kit'][-1]['figure']:.1f} with, {found['peer'][-1]['figure']:.1f} without")
+        kit, peer = medians(found["kit"])["figure"], medians(found["peer"])["figure"]
+        detail = {side + "_rounds": [round(r["figure"], 1) for r in each] for side, each in found.items()}
+        yield Measurement("settings", one.name, one.unit, one.better, kit, peer, one.peer, {"rounds": rounds, **detail})
