@@ -111,7 +111,7 @@ class Sides:
         self.wait()
         return True
 
-    def wait(self, seconds: float = 180) -> None:
+    def wait(self, seconds: float = 300) -> None:
         """Wait until the serving side answers a question of the API five times in a row. Raises BenchError."""
         until, good, last = time.monotonic() + seconds, 0, ""
         while good < 5:

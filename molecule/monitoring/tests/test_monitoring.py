@@ -292,6 +292,7 @@ def test_it_goes_without_a_trace(host: Any) -> None:
         "\\( -name '*prometheus*' -o -name '*mtail*' -o -name 'mlflow-kit*' \\) -print"
     )
     assert [line for line in left.splitlines() if "postgresql" not in line] == []
+    assert not host.file("/etc/systemd/journald.conf.d").exists
     assert host.run("getent passwd prometheus mtail").stdout == ""
     packages = host.run("dpkg-query -W -f '${Package} ${db:Status-Status}\\n' prometheus mtail libjs-dygraphs").stdout
     assert [line for line in packages.splitlines() if line.endswith(" installed")] == []
