@@ -27,6 +27,7 @@ VAULT = "inventories/prod/group_vars/all/vault.yml"
 FILL = """
 import os, pathlib, random, sys, tempfile
 os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+os.environ["MLFLOW_MULTIPART_UPLOAD_CHUNK_SIZE"] = "10485760"
 import mlflow
 from mlflow.tracking import MlflowClient
 word = "@WORD@"
