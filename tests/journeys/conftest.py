@@ -15,12 +15,12 @@ LONGEST = ("upgrade", "rotate", "quickstart", "backup", "single")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the journeys before everything else, the longest of them first."""
+    """Put the journeys before everything else, the longest of them first; what ends with a site's removal goes last."""
 
-    def rank(item: pytest.Item) -> int:
+    def rank(item: pytest.Item) -> tuple[int, bool]:
         mark = item.get_closest_marker("xdist_group")
         name = mark.args[0] if mark else ""
-        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST), item.path.name == "test_quickstart.py"
 
     items.sort(key=rank)
 
