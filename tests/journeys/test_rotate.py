@@ -466,7 +466,7 @@ def test_an_emergency_withdraws_before_anything_else(site: Site) -> None:
     healthy(site)
 
 
-@pytest.mark.parametrize(("kinds", "size"), [("gateway,tokens,tls", 5), ("database,s3", 5), ("encryption", 4)])
+@pytest.mark.parametrize(("kinds", "size"), [("gateway,tokens,tls", 5), ("database,s3", 5), ("encryption", 2)])
 def test_a_killed_run_is_completed_by_the_next(site: Site, kinds: str, size: int) -> None:
     """kill -9 of ansible-playbook before a task, for tasks that a fixed seed picks, while clients work."""
     more = ("-e", f"rotate={kinds}", "-e", "rotate_grace_seconds=0")

@@ -389,7 +389,7 @@ def test_killed_anywhere_and_run_again(site: Upgradable) -> None:
     confirm = ("-e", "rollback_confirm=true")
     tasks = json.loads((site.checkout / "tasks.json").read_text())
     begun = "Note that the move is begun"
-    # With the fourteen of rotations more than twenty in all.
+    # With the twelve of rotations nineteen in all.
     ups, backs = sample(tasks[UPGRADE], 4, begun), sample(tasks[ROLLBACK], 3, begun)
     for number, up in enumerate(ups):
         began = time.monotonic()
