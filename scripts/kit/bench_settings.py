@@ -71,6 +71,12 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
     kept = sql(INDEXES).splitlines()
     names = [re.findall(r"INDEX (\S+) ON", line)[0] for line in kept]
 
+    def without_indexes() -> None:
+        sql("".join(f"DROP INDEX {name};" for name in names))
+
+    def with_indexes() -> None:
+        sql(";".join([*kept, "ANALYZE"]))
+
     def requests(case: str) -> Callable[[int], float]:
         def figure(number: int) -> float:
             bench_api.wrk(sides, case, number, filled, bench_api.WARM)
@@ -99,8 +105,8 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
             ),
             Setting(
                 "indexes for MLflow's searches",
-                lambda: _void(sql("".join(f"DROP INDEX {name};" for name in names))),
-                lambda: _void(sql(";".join([*kept, "ANALYZE"]))),
+                without_indexes,
+                with_indexes,
                 requests("search"),
                 "requests/s",
                 "higher",
@@ -108,8 +114,8 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
             ),
             Setting(
                 "indexes for MLflow's searches, log-metric",
-                lambda: _void(sql("".join(f"DROP INDEX {name};" for name in names))),
-                lambda: _void(sql(";".join([*kept, "ANALYZE"]))),
+                without_indexes,
+                with_indexes,
                 requests("log-metric"),
                 "requests/s",
                 "higher",
@@ -136,10 +142,6 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
         ],
         rounds,
     )
-
-
-def _void(_: object) -> None:
-    return None
 
 
 def compared(settings: Sequence[Setting], rounds: int) -> Iterator[Measurement]:
