@@ -103,6 +103,18 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
                 "higher",
                 "all by the instances that serve everything",
             ),
+            *(
+                Setting(
+                    f"shortcuts through MLflow's store, {case}",
+                    deployed(mlflow_shortcuts=False),
+                    deployed(),
+                    requests(case),
+                    "requests/s",
+                    "higher",
+                    "MLflow's own way",
+                )
+                for case in ("log-metric", "log-batch", "search")
+            ),
             Setting(
                 "indexes for MLflow's searches",
                 without_indexes,

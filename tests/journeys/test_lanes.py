@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,8 @@ from journey import Site
 from kit import vm
 
 pytestmark = pytest.mark.xdist_group("quickstart")
-PYTHON, LAUNCHER = "/opt/mlflow/current/bin/python", "/usr/local/lib/mlflow-kit/launcher.py"
+PYTHON, SHORTCUTS = "/opt/mlflow/current/bin/python", "/usr/local/lib/mlflow-kit"
+LAUNCHER = f"{SHORTCUTS}/launcher.py"
 PLAIN = "http://127.0.0.1:5999"
 # With the site's own database and S3, and settings and secrets as people hand them over: by the environment.
 PLAIN_SERVER = """
@@ -212,6 +214,26 @@ def test_a_clients_round_ends_as_with_the_plain_server(site: Site) -> None:
     )
     assert kit == plain
     assert kit["bytes"] and kit["model"] == [2, 4]
+
+
+def test_the_installed_version_takes_every_shortcut(site: Site) -> None:
+    """Shortcuts are for one version of MLflow: another one needs a look at its functions, and new fingerprints."""
+    script = "import json, shortcuts; print(json.dumps(shortcuts.take()))"
+    vm.write(site.machine, "/root/plain/taken.py", f"import sys; sys.path.insert(0, {SHORTCUTS!r})\n{script}".encode())
+    out = vm.execute(site.machine, "sh", "-c", f"cd /root/plain && {PYTHON} -W ignore taken.py")
+    assert json.loads(out.splitlines()[-1]) == {"writes": True, "reads": True, "answers": True, "pings": True}
+
+
+def test_shortcuts_end_where_the_plain_server_ends(site: Site) -> None:
+    """The same random calls, allowed ones and others, are answered alike and leave the same; many at once lose none."""
+    assert "MLFLOW_KIT_SHORTCUTS=true" in site.host(site.machine).file("/etc/mlflow/mlflow.env").content_string
+    source = (pathlib.Path(__file__).parent / "both_ways.py").read_text()
+    found = json.loads(with_client(site, source, f"PLAIN={PLAIN}").splitlines()[-1])
+    assert found["different"] == []
+    assert found["calls"] * 0.1 < found["refused"] < found["calls"] * 0.6
+    assert found["statuses"] == [200]
+    assert found["latest"] == [[7.14, 14]]
+    assert found["kept"] == [12, 12, 12, 8 * 15]
 
 
 def test_the_round_went_through_both_lanes(site: Site) -> None:

@@ -39,7 +39,7 @@ ELSEWHERE |= {"PGSSLROOTCERT", "PGSSLMODE", "PGAPPNAME", "PGCONNECT_TIMEOUT", "P
 ELSEWHERE |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
 # The launcher's own.
 OURS = {"MLFLOW_KIT_SHUTDOWN_SECONDS", "MLFLOW_KIT_AUTH_DATABASE_URI"}
-OURS |= {"MLFLOW_KIT_REST_PORT", "MLFLOW_KIT_REST_THREADS", "MLFLOW_KIT_REST_PATHS"}
+OURS |= {"MLFLOW_KIT_REST_PORT", "MLFLOW_KIT_REST_THREADS", "MLFLOW_KIT_REST_PATHS", "MLFLOW_KIT_SHORTCUTS"}
 # What the kit sets for every version, whether the installed one reads it or not.
 OURS |= {"MLFLOW_CRYPTO_KEK_VERSION", "MLFLOW_CRYPTO_KEK_PASSPHRASE", "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"}
 OURS |= {"MLFLOW_SERVER_ALLOWED_HOSTS", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", "MLFLOW_SERVER_X_FRAME_OPTIONS"}
@@ -57,9 +57,9 @@ HANDED = {
     "MLFLOW_EXPOSE_PROMETHEUS": "PROMETHEUS_EXPORTER_ENV_VAR",
 }
 # What computes and draws: MLflow goes without it where it is not installed, and no answer of its server needs it.
-UNNEEDED = {"scipy", "sklearn", "matplotlib"}
+UNNEEDED = {"scipy", "sklearn", "matplotlib", "pyarrow"}
 # Data frames: half of a process's memory, and nothing that the tracking API needs.
-FRAMES = {"pandas", "pyarrow"}
+FRAMES = {"pandas"}
 # What MLflow's own questions of a large experiment want and its schema lacks: name, table, what is indexed. Its
 # migrations neither know nor mind them: columns that change take their indexes along.
 INDEXES = (
@@ -508,6 +508,10 @@ def _open_stores() -> None:
     if stray:
         log.error("the installed MLflow reads no %s: correct mlflow_environment", ", ".join(stray))
     if not _true("MLFLOW_ARTIFACTS_ONLY"):
+        if _true("MLFLOW_KIT_SHORTCUTS"):
+            import shortcuts
+
+            shortcuts.take()
         notify("STATUS=opening the stores")
         uri = os.environ.get("MLFLOW_BACKEND_STORE_URI", "")
         handlers.initialize_backend_stores(
