@@ -59,11 +59,14 @@ class Watch:
         """
         end = time.monotonic() + seconds
         page.evaluate("() => new Promise(done => requestIdleCallback(done))")
-        while self.pending:
+        calm = 0
+        while calm < 2:
             if time.monotonic() > end:
                 raise TimeoutError(f"without an answer after {seconds} s: {[request.url for request in self.pending]}")
             page.wait_for_timeout(50)
             page.evaluate("() => new Promise(done => requestIdleCallback(done))")
+            # What an answer lets a script ask next is asked within that time.
+            calm = 0 if self.pending else calm + 1
 
     def _request(self, request: Request) -> None:
         if request.url.startswith(("http:", "https:", "ws:", "wss:")):
@@ -77,6 +80,8 @@ class Watch:
             self.pending.remove(request)
 
     def _response(self, response: Response) -> None:
+        # On a busy machine the end itself is not told for each request.
+        self._end(response.request)
         if response.status >= 400:
             self.answers.append(f"{response.status} {response.request.method} {response.url}")
 

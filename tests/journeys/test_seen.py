@@ -462,7 +462,7 @@ def test_the_page_tells_of_an_alert(site: Site, browser: Browser) -> None:
         expect(row).to_contain_text("mlflow@2 does not answer")
         expect(row).to_have_attribute("data-state", "raised")
         expect(page.locator("#verdict")).to_have_text("1 alert")
-        expect(page.locator(".tile", has_text="Instances").locator(".value")).to_have_text("1 of 2")
+        expect(page.locator(".tile", has_text="Instances").locator(".value")).to_have_text("3 of 4")
         whole(page, "alert")
     with killed(site, "prometheus"):
         page.reload()

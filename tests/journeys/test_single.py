@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import pathlib
 import shutil
@@ -90,12 +91,19 @@ def test_mlflow_asks_for_credentials_where_that_is_chosen(site: Site) -> None:
     assert len(lines) == 4, lines
     probe = """
 import os, requests
-session = requests.Session(); session.trust_env = False
+session = requests.Session(); session.trust_env = False; session.verify = "/root/ca-bundle.crt"
 url = os.environ["MLFLOW_TRACKING_URI"] + "/api/2.0/mlflow/users/get?username=mlflow"
 page = os.environ["MLFLOW_TRACKING_URI"] + "/monitoring/api/v1/query?query=up"
 login = (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"])
-for auth in (None, ("mlflow", "wrong"), login):
-    for address in (url, page):
-        print(session.get(address, auth=auth, verify="/root/ca-bundle.crt").status_code, end=" ")
+def ask(address, auth):
+    answer = session.get(address, auth=auth)
+    return answer.status_code, len(answer.raw.headers.getlist("WWW-Authenticate")), "Retry-After" in answer.headers
+told = [ask(address, auth) for auth in (None, ("mlflow", "wrong"), login) for address in (url, page)]
+guesses = [ask(url, ("mlflow", f"wrong {number}")) for number in range(20)]
+print([told, sorted(set(guesses)), ask(url, login)])
 """
-    assert site.python(probe).split() == ["401"] * 4 + ["200"] * 2
+    told, guesses, after = ast.literal_eval(site.python(probe).splitlines()[-1])
+    # Who is refused is asked for a password, once; who goes on guessing is told to wait; who knows it waits for nobody.
+    assert told == [(401, 1, False)] * 4 + [(200, 0, False)] * 2
+    assert (429, 0, True) in guesses and {status for status, *_ in guesses} <= {401, 429}
+    assert after == (200, 0, False)
