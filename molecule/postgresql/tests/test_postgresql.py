@@ -249,14 +249,14 @@ def test_a_bad_setting_never_reaches_the_server(host: Any) -> None:
 
 def test_killed_it_comes_back_with_what_was_committed(host: Any) -> None:
     with session() as connection:
-        ask(connection, "CREATE TABLE kept (word text); INSERT INTO kept VALUES ('before the kill')")
+        ask(connection, "CREATE TABLE survived (word text); INSERT INTO survived VALUES ('before the kill')")
     unit = host.check_output("systemctl list-units --plain --no-legend 'postgresql@*' | cut -d' ' -f1")
     host.check_output("kill -9 $(systemctl show -P MainPID %s)", unit)
     end = time.monotonic() + 30
     while True:
         try:
             with session() as connection:
-                assert ask(connection, "SELECT word FROM kept") == "before the kill"
+                assert ask(connection, "SELECT word FROM survived") == "before the kill"
             break
         except psycopg2.OperationalError:
             assert time.monotonic() < end, host.run("systemctl status %s", unit).stdout
@@ -270,7 +270,7 @@ def test_rebooted_it_comes_back_with_what_was_committed(host_of: Callable[[str],
     while True:
         try:
             with session() as connection:
-                assert ask(connection, "SELECT word FROM kept") == "before the kill"
+                assert ask(connection, "SELECT word FROM survived") == "before the kill"
             return
         except psycopg2.OperationalError:
             assert time.monotonic() < end
