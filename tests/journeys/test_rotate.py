@@ -414,7 +414,7 @@ def test_secrets_in_the_database_stay_readable_throughout(site: Site) -> None:
     new = held(site)
     quiet(stop_load(site), "encryption")
     vm.execute(site.client, "touch", "/root/stop")
-    vm.execute(site.client, "sh", "-c", "while systemctl is-active -q secrets; do sleep 0.2; done")
+    vm.execute(site.client, "timeout", "300", "sh", "-c", "while systemctl is-active -q secrets; do sleep 0.2; done")
     used = json.loads(vm.execute(site.client, "cat", "/root/secrets.json"))
     print(f"{used['made']} secrets made, used {used['used']} times, {len(used['wrong'])} times not well")
     assert used["made"] > 5
@@ -437,11 +437,10 @@ def test_an_upload_under_way_ends_well_and_its_url_ends_with_the_key(site: Site)
     run = f"rm -f /root/stop-upload /root/uploading; exec {PYTHON} /root/upload.py {site.name}"
     argv = ("systemd-run", "-q", "--collect", "--unit=upload", "-p", "StandardOutput=truncate:/root/uploaded")
     vm.execute(site.machine, *argv, "sh", "-c", run)
-    vm.execute(site.machine, "sh", "-c", "until [ -e /root/uploading ]; do sleep 0.2; done")
+    vm.execute(site.machine, "timeout", "60", "sh", "-c", "until [ -e /root/uploading ]; do sleep 0.2; done")
     site.playbook(ROTATE, "-e", "rotate=s3", "-e", "rotate_grace_seconds=0")
-    vm.execute(
-        site.machine, "sh", "-c", "touch /root/stop-upload; while systemctl is-active -q upload; do sleep 0.2; done"
-    )
+    ended = "touch /root/stop-upload; while systemctl is-active -q upload; do sleep 0.2; done"
+    vm.execute(site.machine, "timeout", "120", "sh", "-c", ended)
     assert vm.execute(site.machine, "cat", "/root/uploaded") == "200 403"
 
 
