@@ -75,9 +75,12 @@ log = logging.getLogger("mlflow-kit")
 Children = tuple[list["Child"], list["Child"], list["Child"]]
 
 
-def fingerprint(*what: typing.Any) -> str:
-    """The beginning of the SHA-256 of the sources of functions and classes."""
-    return hashlib.sha256("".join(map(inspect.getsource, what)).encode()).hexdigest()[:16]
+def same(expected: str, what: typing.Sequence[typing.Any]) -> bool:
+    """Whether functions and classes, None for a missing one, have the sources that `expected` is the fingerprint of."""
+    found = "" if None in what else hashlib.sha256("".join(map(inspect.getsource, what)).encode()).hexdigest()[:16]
+    if found != expected:
+        log.info("the fingerprint is %s, not %s", found or "that of nothing, since something is missing", expected)
+    return found == expected
 
 
 @functools.cache
@@ -129,7 +132,7 @@ def shorten_writes() -> bool:
     names += "_get_run _check_run_is_active log_param _log_params set_tag _set_tags log_batch"
     stood_for = [getattr(store, name, None) for name in names.split()]
     stood_for += [getattr(models, name, None) for name in ("SqlMetric", "SqlLatestMetric", "SqlParam", "SqlTag")]
-    if None in stood_for or fingerprint(*stood_for) != WRITES:
+    if not same(WRITES, stood_for):
         return False
 
     def usual(self: typing.Any, metrics: typing.Any = (), tags: typing.Any = ()) -> bool:
@@ -212,7 +215,7 @@ def shorten_reads() -> bool:
     kinds = [getattr(models, name, None) for name in ("SqlRun", "SqlLatestMetric", "SqlParam", "SqlTag")]
     names = ("_get_eager_run_query_options", "get_run", "_search_runs")
     stood_for = [*kinds, *(getattr(SqlAlchemyStore, name, None) for name in names)]
-    if None in stood_for or fingerprint(*stood_for) != READS:
+    if not same(READS, stood_for):
         return False
     row, plain = models.SqlRun, models.SqlRun.to_mlflow_entity
 
