@@ -160,6 +160,10 @@ def test_every_target_is_up(site: Site) -> None:
     """Each part of the site has a source of figures, and each source answers."""
     site.python(WORK)
     quiet(site)
+    deadline = time.monotonic() + 60
+    while any(t["health"] == "unknown" for t in local(site, "targets")["activeTargets"]):
+        assert time.monotonic() < deadline, "some target was not asked for a minute"
+        time.sleep(1)
     targets = local(site, "targets")["activeTargets"]
     assert [t["scrapeUrl"] + t["lastError"] for t in targets if t["health"] != "up"] == []
     jobs = {target["labels"]["job"] for target in targets}
