@@ -388,7 +388,7 @@ def converge(changes: dict[str, Any], check: bool = True) -> str:
     argv = ["molecule", "converge", "-s", "gateway", "--", "-e", json.dumps(changes)]
     done = subprocess.run(argv, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert not check or done.returncode == 0, done.stdout[-6000:]
-    return " ".join(done.stdout.replace("│", " ").split())
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|│", " ", done.stdout).split())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import pathlib
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
