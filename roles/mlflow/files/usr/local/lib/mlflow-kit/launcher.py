@@ -493,6 +493,9 @@ def _prepare(kind: str) -> dict[str, str]:
         queue = pathlib.Path(os.environ["STATE_DIRECTORY"]) / "jobs"
         queue.mkdir(exist_ok=True)
         handed["_MLFLOW_HUEY_STORAGE_PATH"] = str(queue)
+    if not os.environ.get("MLFLOW_KIT_AUTH_DATABASE_URI"):
+        # A search would import it, and data frames with it, to find that nobody is asked who they are.
+        sys.modules["mlflow.server.auth"] = None  # type: ignore[assignment]
     # The migration has made the first user, under its lock.
     handed["_MLFLOW_AUTH_ADMIN_BOOTSTRAPPED"] = "true"
     os.environ.update(handed)
