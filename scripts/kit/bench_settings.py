@@ -116,6 +116,15 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
                 for case in ("log-metric", "log-batch", "search")
             ),
             Setting(
+                "eight threads of an instance of that lane, log-metric",
+                deployed(mlflow_rest_threads=2),
+                deployed(),
+                requests("log-metric"),
+                "requests/s",
+                "higher",
+                "two threads",
+            ),
+            Setting(
                 "indexes for MLflow's searches",
                 without_indexes,
                 with_indexes,
