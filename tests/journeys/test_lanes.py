@@ -284,7 +284,12 @@ def test_one_request_has_one_name_from_the_gateway_to_the_server(site: Site) -> 
     host = site.host(site.machine)
     host.check_output("sleep 2")  # the gateway writes its log by the block
     lines = [json.loads(line) for line in host.check_output("tail -50 /var/log/nginx/gateway.log").splitlines()]
-    refused = {line["upstream"].rpartition(":")[2]: line["request"] for line in lines if line["status"] == 403}
+    asked = ("/api/2.0/mlflow/runs/get", "/api/3.0/mlflow/server-info")
+    refused = {
+        line["upstream"].rpartition(":")[2]: line["request"]
+        for line in lines
+        if line["status"] == 403 and line["path"] in asked
+    }
     for unit, ports in (("mlflow-rest@*", ("5101", "5102")), ("mlflow@*", ("5001", "5002"))):
         request = next(refused[port] for port in ports if port in refused)
         journal = host.check_output(f"journalctl -u '{unit}' --since -2min -o cat --no-pager")
