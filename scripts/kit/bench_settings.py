@@ -23,7 +23,10 @@ def stamp(name):
 subprocess.run(["systemctl", "restart", UNIT], check=True)
 print(stamp("ActiveEnterTimestampMonotonic") - stamp("InactiveExitTimestampMonotonic"))
 """
-INDEXES = "SELECT indexdef FROM pg_indexes WHERE indexname LIKE 'mlflow_kit_%' ORDER BY 1"
+# PostgreSQL breaks an expression into lines.
+INDEXES = (
+    r"SELECT regexp_replace(indexdef, '\s+', ' ', 'g') FROM pg_indexes WHERE indexname LIKE 'mlflow_kit_%' ORDER BY 1"
+)
 
 
 class Setting(NamedTuple):
