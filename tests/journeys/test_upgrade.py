@@ -134,8 +134,8 @@ def lines(command):
     return subprocess.run(command, shell=True, capture_output=True, text=True).stdout.split("\n")
 # What every package installation, every login and every boot leaves on its own, and what only looks like a file.
 SKIP = ("/proc", "/sys", "/dev", "/run", "/tmp", "/var/tmp", "/var/log", "/var/cache", "/var/lib/apt", "/var/lib/dpkg",
-        "/var/lib/systemd", "/var/lib/ucf", "/etc/xml", "/root/.ansible_async", "/var/backups",
-        "/root/.ansible", "/srv/kit-cache", "/srv/conda-channel")
+        "/var/lib/systemd", "/var/lib/ucf", "/etc/xml", "/var/backups",
+        *map(os.path.expanduser, ("~root/.ansible", "~root/.ansible_async")), "/srv/kit-cache", "/srv/conda-channel")
 files = []
 for folder, folders, names in os.walk("/"):
     folders[:] = [f for f in folders if os.path.join(folder, f) not in SKIP and f != "__pycache__"]

@@ -133,10 +133,10 @@ def test_a_stranger_is_refused(host: Any) -> None:
 
 def from_outer_address(host: Any) -> str:
     """What psql says on the machine when it comes from the machine's own outer address."""
-    file = "/root/.pgpass"
+    file = "/run/test-pgpass"
     content = "*:*:*:mlflow_a:" + PASSWORDS["mlflow_a"].replace("\\", "\\\\").replace(":", "\\:")
     host.run("umask 077; printf %%s %s > %s", content, file)
-    done = host.run("psql -w -h %s -U mlflow_a -d mlflow -XAtc 'SELECT 42'", vm.addresses(NAME)[0])
+    done = host.run(f"PGPASSFILE={file} psql -w -h %s -U mlflow_a -d mlflow -XAtc 'SELECT 42'", vm.addresses(NAME)[0])
     host.run("rm %s", file)
     return str(done.stdout + done.stderr)
 
