@@ -20,6 +20,31 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, R
 EXECUTABLE = pathlib.Path("/usr/bin/chromium")
 # What the browser itself says of a page that the server's headers or its own policies hinder.
 HINDERED = re.compile(r"CORS|Cross-Origin|Content Security Policy|Mixed Content|Refused to|Permissions policy", re.I)
+# Each page counts what its scripts wait for by itself: on a busy machine the developer tools lose such events.
+COUNTED = """
+(() => {
+  const asked = window.kitAsked = new Set();
+  const until = (address, begin) => {
+    const one = { address };
+    asked.add(one);
+    return begin(() => asked.delete(one));
+  };
+  const { fetch } = window;
+  window.fetch = (...given) =>
+    until(String(given[0]?.url ?? given[0]), (end) => fetch.apply(window, given).finally(end));
+  const { open, send } = XMLHttpRequest.prototype;
+  XMLHttpRequest.prototype.open = function (...given) {
+    this.kitAddress = String(given[1]);
+    return open.apply(this, given);
+  };
+  XMLHttpRequest.prototype.send = function (...given) {
+    return until(this.kitAddress, (end) => {
+      this.addEventListener('loadend', end);
+      return send.apply(this, given);
+    });
+  };
+})();
+"""
 
 
 @dataclasses.dataclass
@@ -32,7 +57,6 @@ class Watch:
         console: errors and warnings of the console that speak of CORS, CSP and their kind.
         exceptions: exceptions that no script caught.
         hosts: all hosts that a request went to.
-        pending: what scripts have asked for and not got yet.
     """
 
     answers: list[str] = dataclasses.field(default_factory=list)
@@ -40,18 +64,18 @@ class Watch:
     console: list[str] = dataclasses.field(default_factory=list)
     exceptions: list[str] = dataclasses.field(default_factory=list)
     hosts: set[str] = dataclasses.field(default_factory=set)
-    pending: list[Request] = dataclasses.field(default_factory=list)
 
     def over(self, context: BrowserContext) -> None:
         """Begin to listen to all windows of `context`."""
+        context.add_init_script(COUNTED)
         context.on("request", self._request)
         context.on("response", self._response)
-        context.on("requestfinished", self._end)
         context.on("requestfailed", self._failure)
         context.on("console", self._message)
         context.on("weberror", lambda error: self.exceptions.append(str(error.error)))
 
-    def rest(self, page: Page, seconds: float = 30) -> None:
+    @staticmethod
+    def rest(page: Page, seconds: float = 30) -> None:
         """Wait until the scripts of `page` have all that they asked for, and nothing more to do at once.
 
         Raises:
@@ -61,32 +85,23 @@ class Watch:
         page.evaluate("() => new Promise(done => requestIdleCallback(done))")
         calm = 0
         while calm < 2:
-            if time.monotonic() > end:
-                raise TimeoutError(f"without an answer after {seconds} s: {[request.url for request in self.pending]}")
             page.wait_for_timeout(50)
             page.evaluate("() => new Promise(done => requestIdleCallback(done))")
+            pending = page.evaluate("() => [...window.kitAsked].map(one => one.address)")
+            if pending and time.monotonic() > end:
+                raise TimeoutError(f"without an answer after {seconds} s: {pending}")
             # What an answer lets a script ask next is asked within that time.
-            calm = 0 if self.pending else calm + 1
+            calm = 0 if pending else calm + 1
 
     def _request(self, request: Request) -> None:
         if request.url.startswith(("http:", "https:", "ws:", "wss:")):
             self.hosts.add(request.url.split("/")[2])
-        # Of others the end is not told for all: MLflow's shared worker is never said to be loaded.
-        if request.resource_type in ("fetch", "xhr"):
-            self.pending.append(request)
-
-    def _end(self, request: Request) -> None:
-        if request in self.pending:
-            self.pending.remove(request)
 
     def _response(self, response: Response) -> None:
-        # On a busy machine the end itself is not told for each request.
-        self._end(response.request)
         if response.status >= 400:
             self.answers.append(f"{response.status} {response.request.method} {response.url}")
 
     def _failure(self, request: Request) -> None:
-        self._end(request)
         # A page that is left gives up what it still waits for; a saved file ends the navigation to it.
         if request.failure != "net::ERR_ABORTED":
             self.failures.append(f"{request.failure} {request.method} {request.url}")
