@@ -382,6 +382,13 @@ def whole(page: Page, name: str) -> None:
     page.set_viewport_size(size)
 
 
+def inside(page: Page, left: float) -> tuple[float, float]:
+    """A point `left` pixels before the right end of the first plot, wherever that is now."""
+    box = page.locator(".plot").first.bounding_box()
+    assert box
+    return box["x"] + box["width"] - left, box["y"] + box["height"] / 2
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_shows_everything(site: Site, browser: Browser, scheme: str) -> None:
     """Every plot has points, every tile a figure, each alert its line; from this host alone, without a complaint."""
@@ -412,6 +419,7 @@ def test_the_page_shows_everything(site: Site, browser: Browser, scheme: str) ->
 
 def test_the_page_obeys(site: Site, browser: Browser) -> None:
     """Another time, a closer look by dragging and back by a double click, the other colours; also on a telephone."""
+    quiet(site)
     context, page, watch = opened(site, browser, "light")
     page.goto("/monitoring/")
     drawn(page)
@@ -421,25 +429,22 @@ def test_the_page_obeys(site: Site, browser: Browser) -> None:
     page.locator(f"html:not([data-drawn='{count}'])").wait_for(state="attached")
     shown = page.locator("#shown")
     hour = shown.text_content()
-    box = page.locator(".plot").first.bounding_box()
-    assert box
-    y = box["y"] + box["height"] / 2
-    page.mouse.move(box["x"] + box["width"] - 60, y)
+    page.mouse.move(*inside(page, 60))
     page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] - 12, y, steps=5)
+    page.mouse.move(*inside(page, 12), steps=5)
     page.mouse.up()
     expect(shown).not_to_have_text(hour or "")
     closer = shown.text_content()
     expect(page.get_by_role("button", name="15 min")).to_have_attribute("aria-pressed", "false")
     watch.rest(page)
     whole(page, "closer")
-    page.mouse.dblclick(box["x"] + box["width"] - 30, y)
+    page.mouse.dblclick(*inside(page, 30))
     expect(page.get_by_role("button", name="15 min")).to_have_attribute("aria-pressed", "true")
     expect(shown).not_to_have_text(closer or "")
     page.get_by_role("button", name="Light or dark").click()
     expect(page.locator("html")).to_have_attribute("data-theme", "dark")
     watch.rest(page)
-    page.mouse.move(box["x"] + box["width"] - 40, y)
+    page.mouse.move(*inside(page, 40))
     expect(page.locator(".panel").first.locator(".when")).to_be_visible()
     whole(page, "turned-dark")
     context.close()
