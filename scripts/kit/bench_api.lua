@@ -1,9 +1,11 @@
--- Requests of scripts/bench api for wrk. SETTINGS is written in front of this file: case, round, ids, experiment,
--- headers, paths. Every body is a new one; every answer that is not a 200 is counted, and the first one shown.
+-- Requests of scripts/bench for wrk. SETTINGS is written in front of this file: case, round, ids, bodies, headers,
+-- paths, and ports where several servers are asked directly, each by some of the threads. Every body is a new one; every answer that is not a 200 is counted, and the first one shown.
 local threads, numbers = {}, 0
 
 function setup(thread)
   thread:set("number", numbers)
+  local port = SETTINGS.ports[numbers % math.max(#SETTINGS.ports, 1) + 1]
+  if port then thread.addr = wrk.lookup("127.0.0.1", port)[1] end
   numbers = numbers + 1
   table.insert(threads, thread)
 end
@@ -47,6 +49,10 @@ cases["log-batch"] = function()
   end
   return post("/api/2.0/mlflow/runs/log-batch", string.format('{"run_id":"%s","metrics":[%s],"params":[%s],"tags":[%s]}',
     ids[count % #ids + 1], table.concat(metrics, ","), table.concat(params, ","), table.concat(tags, ",")))
+end
+
+cases["get experiment"] = function()
+  return wrk.format("GET", "/api/2.0/mlflow/experiments/get?experiment_id=0", SETTINGS.headers)
 end
 
 cases["get run"] = function()

@@ -144,19 +144,28 @@ def fill(sides: Sides) -> dict[str, Any]:
     }
 
 
-def wrk(sides: Sides, case: str, number: int, filled: Mapping[str, Any], seconds: int) -> dict[str, float]:
-    """Let wrk ask the serving side for `seconds` as `case` says; returns its figures. Raises BenchError."""
+def wrk(
+    sides: Sides, case: str, number: int, filled: Mapping[str, Any], seconds: int, direct: Sequence[int] = ()
+) -> dict[str, float]:
+    """Let wrk ask the serving side for `seconds` as `case` says; returns its figures. Raises BenchError.
+
+    Parameters:
+        direct: ports of the kit's instances to ask in the clear instead of the gateway, in turn by each thread.
+    """
+    address = f"http://127.0.0.1:{direct[0]}" if direct else ADDRESSES[sides.serving]
+    headers = {} if direct else sides.headers[sides.serving]
     settings = {
         "case": case,
         "round": f"{number}{'w' if seconds == WARM else ''}",
         "ids": RUNS["written" if case.startswith("log-") else "read"],
         "bodies": filled["bodies"],
         "paths": filled["paths"],
-        "headers": {**sides.headers[sides.serving], "Accept-Encoding": "gzip" if case == "UI page" else "identity"},
+        "ports": [str(port) for port in direct],
+        "headers": {**headers, "Accept-Encoding": "gzip" if case == "UI page" else "identity"},
     }
     vm.write(KIT, "/root/bench-api.lua", f"SETTINGS = {lua(settings)}\n{SCRIPT.read_text()}".encode())
     argv = ["wrk", f"-t{THREADS}", f"-c{CONNECTIONS}", f"-d{seconds}s", "--timeout", "60s", "-s", "/root/bench-api.lua"]
-    return parse(vm.execute(KIT, *argv, ADDRESSES[sides.serving]))
+    return parse(vm.execute(KIT, *argv, address))
 
 
 def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:

@@ -3,18 +3,18 @@ by presigned URL beside S3 itself. Both sides run on the same machine, over loop
 
 from __future__ import annotations
 
-import base64
 import json
 import re
-import shlex
 from collections.abc import Iterator
+from typing import Any
 
-from kit import vm
-from kit.bench_lab import KIT, NAME, BenchError, Lab, Measurement, medians, say
-from kit.bench_sides import client_environment, ports
+from kit import bench_api, bench_sides, vm
+from kit.bench_lab import KIT, Lab, Measurement, medians, say
 
-SECONDS, CONNECTIONS, MEGABYTES = 12, 8, 600
-PATH = "/api/2.0/mlflow/experiments/get?experiment_id=0"
+SECONDS, MEGABYTES = 10, 600
+# The first is the lightest request that there is.
+CASES = ("get experiment", "get run", "log-metric", "log-batch", "search")
+FIGURES = (("", "requests_s", "requests/s", "higher"), (", p99", "p99_ms", "ms", "lower"))
 # Settings and secrets as the server has them; its own environment's boto3 and MLflow client.
 TRANSFER = """
 import json, os, sys, time, hashlib
@@ -46,20 +46,6 @@ print(json.dumps({"up": up, "down": down}))
 """
 
 
-def _wrk(urls: list[str], header: str, seconds: int) -> dict[str, float]:
-    """Requests per second and the 99th percentile in ms of `urls`, asked at once."""
-    each = CONNECTIONS // len(urls)
-    head = f"-H {shlex.quote(header)}" if header else ""
-    runs = " & ".join(f"wrk -t1 -c{each} -d{seconds}s --latency {head} {shlex.quote(url)}" for url in urls)
-    out = vm.execute(KIT, "sh", "-c", f"({runs} & wait) 2>&1")
-    rates = [float(rate) for rate in re.findall(r"Requests/sec:\s+([\d.]+)", out)]
-    tails = re.findall(r"99%\s+([\d.]+)(us|ms|s)", out)
-    if len(rates) != len(urls) or "Non-2xx" in out:
-        raise BenchError(f"wrk failed:\n{out[-2000:]}")
-    scale = {"us": 0.001, "ms": 1.0, "s": 1000.0}
-    return {"requests_s": sum(rates), "p99_ms": max(float(value) * scale[unit] for value, unit in tails)}
-
-
 def _transfer(side: str) -> dict[str, float]:
     held = json.loads(vm.execute(KIT, "cat", "/etc/mlflow/secrets.json"))
     environment = {name: held[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
@@ -85,29 +71,28 @@ def _transfer(side: str) -> dict[str, float]:
 
 def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
     """Yield requests per second, their 99th percentile, and MB/s up and down; `rounds` rounds of both sides in turn."""
-    if not lab.deployed:
-        lab.deploy_kit()
-    login = client_environment(lab)
+    sides = bench_sides.Sides(lab)
     vm.execute(KIT, "sh", "-c", "apt-get install -yqq --no-install-recommends wrk >/dev/null 2>&1")
-    pair = f"{login['MLFLOW_TRACKING_USERNAME']}:{login['MLFLOW_TRACKING_PASSWORD']}"
-    header = "Authorization: Basic " + base64.b64encode(pair.encode()).decode()
-    direct = [f"http://127.0.0.1:{port}{PATH}" for port in ports("mlflow_rest") or ports("mlflow")]
-    through = [f"https://{NAME}{PATH}"]
-    _wrk(direct, "", 3)
-    _wrk(through, header, 3)
-    kit, peer = [], []
-    for number in range(rounds):
-        say(f"requests, round {number + 1} of {rounds}")
-        kit.append(_wrk(through, header, SECONDS))
-        peer.append(_wrk(direct, "", SECONDS))
-    ours, theirs = medians(kit), medians(peer)
-    detail = {"rounds": rounds, "connections": CONNECTIONS, "path": PATH}
+    direct = bench_sides.ports("mlflow_rest") or bench_sides.ports("mlflow")
+    filled = bench_api.fill(sides)
+    detail: dict[str, Any] = {"rounds": rounds, "connections": bench_api.CONNECTIONS, "seconds": SECONDS}
     name = "the same instances without the gateway"
-    yield Measurement(
-        "gateway", "requests", "requests/s", "higher", ours["requests_s"], theirs["requests_s"], name, detail
-    )
-    yield Measurement("gateway", "p99", "ms", "lower", ours["p99_ms"], theirs["p99_ms"], name, detail)
-    kit, peer = [], []
+    for case in CASES:
+        seen: dict[str, list[dict[str, float]]] = {"kit": [], "peer": []}
+        for number in range(rounds):
+            for side, ports in (("peer", direct), ("kit", [])):
+                for seconds in (bench_api.WARM, SECONDS):
+                    found = bench_api.wrk(sides, case, 2 * number + bool(ports), filled, seconds, ports)
+                seen[side].append(found)
+            rates = [seen[side][-1]["requests_s"] for side in ("kit", "peer")]
+            say(f"gateway, {case}, round {number + 1} of {rounds}: {rates[0]:.0f} requests/s, {rates[1]:.0f} without")
+        ours, theirs = medians(seen["kit"]), medians(seen["peer"])
+        for title, figure, unit, better in FIGURES:
+            told = {f"{side}_rounds": [round(one[figure], 1) for one in each] for side, each in seen.items()}
+            ratio = (ours[figure], theirs[figure])
+            yield Measurement("gateway", f"{case}{title}", unit, better, *ratio, name, detail | told)
+    kit: list[dict[str, float]] = []
+    peer: list[dict[str, float]] = []
     for number in range(rounds):
         say(f"transfers, round {number + 1} of {rounds}")
         kit.append(_transfer("kit"))

@@ -254,6 +254,17 @@ def test_paths_part_the_lanes(host_of: HostOf, path: str, lane: str) -> None:
     assert ports(host_of(FRIEND), path, "-X", "POST") == {"rest": {5101, 5102}, "everything": {5001, 5002}}[lane]
 
 
+def test_a_lane_is_told_what_it_reads(host_of: HostOf) -> None:
+    """Its server learns the request's id; neither the gateway's X-Forwarded headers nor a client's reach it."""
+    names = ("X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host", "X-Forwarded-User", "X-Request-ID")
+    forged = [word for name in names for word in ("-H", f"{name}: forged")]
+    _, body = curl(host_of(FRIEND), "/api/2.0/mlflow/runs/get", "-u", ADA, *forged)
+    headers = json.loads(body)["headers"]
+    assert not {*names[:4], "Authorization"} & headers.keys()
+    assert headers["Host"] == "gateway.test"
+    assert re.fullmatch("[0-9a-f]{32}", headers["X-Request-ID"])
+
+
 def test_lanes_are_drained_by_themselves(host_of: HostOf) -> None:
     """A server is taken out of its lane alone, and each lane keeps its last one."""
     friend, gateway = host_of(FRIEND), host_of(GATEWAY)
