@@ -82,11 +82,11 @@ class Watch:
             TimeoutError: they have not after `seconds`.
         """
         end = time.monotonic() + seconds
-        page.evaluate("() => new Promise(done => requestIdleCallback(done))")
         calm = 0
         while calm < 2:
             page.wait_for_timeout(50)
-            page.evaluate("() => new Promise(done => requestIdleCallback(done))")
+            # A page that has nothing to draw may never be told that it is idle.
+            page.evaluate("() => new Promise(done => requestIdleCallback(done, { timeout: 500 }))")
             pending = page.evaluate("() => [...window.kitAsked].map(one => one.address)")
             if pending and time.monotonic() > end:
                 raise TimeoutError(f"without an answer after {seconds} s: {pending}")
