@@ -438,7 +438,12 @@ def test_the_page_obeys(site: Site, browser: Browser) -> None:
     expect(page.get_by_role("button", name="15 min")).to_have_attribute("aria-pressed", "false")
     watch.rest(page)
     whole(page, "closer")
-    page.mouse.dblclick(*inside(page, 30))
+    # On a busy machine the two clicks are now and then too far apart: whoever sees nothing happen does it again.
+    for _ in range(5):
+        page.mouse.dblclick(*inside(page, 30))
+        page.wait_for_timeout(500)
+        if page.get_by_role("button", name="15 min").get_attribute("aria-pressed") == "true":
+            break
     expect(page.get_by_role("button", name="15 min")).to_have_attribute("aria-pressed", "true")
     expect(shown).not_to_have_text(closer or "")
     page.get_by_role("button", name="Light or dark").click()
