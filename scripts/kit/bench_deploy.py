@@ -105,7 +105,7 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
             if side == "kit":
                 deployed, logged, output = lab.deploy_kit()
                 kit.append(logged)
-                kit_phases.append({**role_seconds(output), "until_the_first_run": round(logged - deployed, 2)})
+                kit_phases.append({**role_seconds(output), "whole_of_site.yml": round(deployed, 2)})
                 kit_phases[-1]["cpu_seconds"] = cpu_seconds(KIT)
             else:
                 lab.remove(KIT)

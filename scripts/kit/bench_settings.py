@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from kit import bench_api, vm
 from kit.bench_idle import read_memory
-from kit.bench_lab import KIT, Lab, Measurement, medians, say
-from kit.bench_sides import Sides
+from kit.bench_lab import KIT, BenchError, Lab, Measurement, medians, say
+from kit.bench_sides import Sides, ports
 
 REST = "mlflow-rest@1.service"
-DROP_IN = f"/run/systemd/system/{REST}.d/bench.conf"
+# Every instance that serves everything.
+FULL = "mlflow@.service"
+GATEWAY = "/etc/nginx/mlflow-kit/site.conf"
+# What takes time or room by PostgreSQL's settings, not who may connect.
+TUNED = "shared_buffers|effective_cache_size|work_mem|maintenance_work_mem|random_page_cost|effective_io_concurrency"
+TUNED += "|wal_compression|min_wal_size|max_wal_size|checkpoint_timeout|jit"
+# A folder of modules that cannot be imported, to be found before the environment's.
+MISSING = "/usr/local/lib/kit-bench-missing"
 # How long the unit takes until it serves, by systemd's own clock, in seconds.
 STARTED = """
 import re, subprocess
@@ -47,12 +55,32 @@ def sql(text: str) -> str:
     return vm.execute(KIT, "sh", "-c", "cd / && runuser -u postgres -- psql -qXAt -d mlflow < /root/bench-settings.sql")
 
 
-def drop_in(*lines: str) -> None:
-    """Give the units of the fast lane these lines until the machine is gone; none takes them away again."""
-    vm.execute(KIT, "sh", "-c", f"rm -f {DROP_IN}; mkdir -p {DROP_IN.rpartition('/')[0]}")
+def drop_in(unit: str, *lines: str) -> None:
+    """Give a unit these lines until the machine is gone; none takes them away again."""
+    path = f"/run/systemd/system/{unit}.d/bench.conf"
+    vm.execute(KIT, "sh", "-c", f"rm -f {path}; mkdir -p {path.rpartition('/')[0]}")
     if lines:
-        vm.write(KIT, DROP_IN, ("[Service]\n" + "\n".join(lines) + "\n").encode())
+        vm.write(KIT, path, ("[Service]\n" + "\n".join(lines) + "\n").encode())
     vm.execute(KIT, "systemctl", "daemon-reload")
+
+
+def edited(path: str, expression: str, then: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    """How a file is changed by an expression of sed, and how it is brought back; the command `then` follows both.
+
+    The first raises BenchError when the file has nothing that the expression changes.
+    """
+    old, quoted = f"{path}.bench", shlex.quote(path)
+
+    def change() -> None:
+        script = f"cp -p {quoted} {old} && sed -i -E {shlex.quote(expression)} {quoted} && ! cmp -s {quoted} {old}"
+        if vm.execute(KIT, "sh", "-c", f"({script}) && echo changed", check=False) != "changed":
+            raise BenchError(f"{path}: nothing there is what {expression} would change")
+        vm.execute(KIT, "sh", "-c", then)
+
+    def back() -> None:
+        vm.execute(KIT, "sh", "-c", f"if [ -e {old} ]; then mv {old} {quoted}; {then}; fi")
+
+    return change, back
 
 
 def start_seconds(_round: int) -> float:
@@ -95,6 +123,32 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
 
         return deploy
 
+    def full(number: int) -> float:
+        found = [bench_api.wrk(sides, "get run", number, filled, seconds, ports("mlflow")) for seconds in (1, 5)]
+        return found[-1]["requests_s"]
+
+    def imports_nothing() -> None:
+        for name in ("uvloop", "httptools"):
+            text = f"raise ImportError('{name} is taken away')\n"
+            vm.execute(KIT, "mkdir", "-p", MISSING)
+            vm.write(KIT, f"{MISSING}/{name}.py", text.encode())
+        drop_in(FULL, f"Environment=PYTHONPATH={MISSING}")
+        vm.execute(KIT, "systemctl", "restart", "mlflow@*.service")
+
+    def imports_all() -> None:
+        drop_in(FULL)
+        vm.execute(KIT, "systemctl", "restart", "mlflow@*.service")
+
+    anew = "systemctl restart 'postgresql@*.service' && systemctl restart 'mlflow@*.service' 'mlflow-rest@*.service'"
+    reload = "nginx -t -q && systemctl reload nginx && sleep 2"
+    database = vm.execute(KIT, "sh", "-c", "ls /etc/postgresql/*/main/conf.d/50-mlflow-kit.conf")
+    tuned = edited(database, f"/^({TUNED}) =/d", anew)
+    kept_open = edited("/etc/nginx/mlflow-kit/upstreams.conf", "/^ *keepalive 64;/d", reload)
+    remembered = edited(GATEWAY, "s/proxy_cache verdicts;/proxy_cache off;/", reload)
+    static = edited(GATEWAY, "s/proxy_cache static;/proxy_cache off;/", reload)
+    line_by_line = r"s#access_log [^ ]*/gateway.log access .*#access_log syslog:server=unix:/dev/log access;#"
+    blocks = edited("/etc/nginx/nginx.conf", line_by_line, reload)
+
     yield from compared(
         [
             Setting(
@@ -128,6 +182,76 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
                 "two threads",
             ),
             Setting(
+                "two instances of that lane, log-metric",
+                deployed(mlflow_rest_instances=1),
+                deployed(),
+                requests("log-metric"),
+                "requests/s",
+                "higher",
+                "one instance",
+            ),
+            Setting(
+                "as many connections kept to the database as threads, log-metric",
+                deployed(mlflow_database_pool_size=1),
+                deployed(),
+                requests("log-metric"),
+                "requests/s",
+                "higher",
+                "one kept, others opened when they are needed",
+            ),
+            Setting(
+                "event loop and parser of the other lane, get run",
+                imports_nothing,
+                imports_all,
+                full,
+                "requests/s",
+                "higher",
+                "asyncio's loop and h11",
+            ),
+            *(
+                Setting(
+                    f"PostgreSQL's sizes and costs, {case}",
+                    *tuned,
+                    requests(case),
+                    "requests/s",
+                    "higher",
+                    "the distribution's",
+                )
+                for case in ("log-batch", "search")
+            ),
+            Setting(
+                "connections to the instances kept open, log-metric",
+                *kept_open,
+                requests("log-metric"),
+                "requests/s",
+                "higher",
+                "one for each request",
+            ),
+            Setting(
+                "verdicts on passwords remembered, log-metric",
+                *remembered,
+                requests("log-metric"),
+                "requests/s",
+                "higher",
+                "each request's password is checked",
+            ),
+            Setting(
+                "access log written in blocks, log-metric",
+                *blocks,
+                requests("log-metric"),
+                "requests/s",
+                "higher",
+                "each line to the journal",
+            ),
+            Setting(
+                "the page's files kept at the gateway, UI page",
+                *static,
+                requests("UI page"),
+                "requests/s",
+                "higher",
+                "each fetched from an instance, and compressed anew",
+            ),
+            Setting(
                 "indexes for MLflow's searches",
                 without_indexes,
                 with_indexes,
@@ -147,8 +271,8 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
             ),
             Setting(
                 "bytecode made at installation, start of an instance",
-                lambda: drop_in("Environment=PYTHONPYCACHEPREFIX=/nonexistent"),
-                drop_in,
+                lambda: drop_in(REST, "Environment=PYTHONPYCACHEPREFIX=/nonexistent"),
+                lambda: drop_in(REST),
                 start_seconds,
                 "s",
                 "lower",
