@@ -31,6 +31,7 @@ class Mirror(BaseHTTPRequestHandler):
         if self.path == "/stream":
             self._stream()
             return
+        began = time.monotonic()
         digest, size = hashlib.sha256(), 0
         left = int(self.headers.get("Content-Length") or 0)
         while left:
@@ -40,6 +41,7 @@ class Mirror(BaseHTTPRequestHandler):
             left -= len(chunk)
         port = self.server.server_address[1]
         told = {"port": port, "path": self.path, "headers": dict(self.headers), "size": size}
+        told["waited"] = time.monotonic() - began
         body = json.dumps(told | {"sha256": digest.hexdigest()}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")

@@ -265,6 +265,31 @@ def test_a_lane_is_told_what_it_reads(host_of: HostOf) -> None:
     assert re.fullmatch("[0-9a-f]{32}", headers["X-Request-ID"])
 
 
+# Sends a body in two halves, a second apart, and prints the answer's body.
+HALVES = """
+import base64, http.client, ssl, sys, time
+context = ssl.create_default_context(cafile="/root/ca.crt")
+connection = http.client.HTTPSConnection("gateway.test", context=context, timeout=10)
+connection.putrequest("POST", sys.argv[2])
+connection.putheader("Authorization", "Basic " + base64.b64encode(sys.argv[1].encode()).decode())
+connection.putheader("Content-Length", "20")
+connection.endheaders(b"x" * 10)
+time.sleep(1)
+connection.send(b"y" * 10)
+print(connection.getresponse().read().decode())
+"""
+
+
+@pytest.mark.parametrize(("path", "waits"), [("/api/2.0/mlflow/runs/log-batch", False), ("/x", True)])
+def test_a_slow_client_costs_a_lane_nothing(host_of: HostOf, path: str, waits: bool) -> None:
+    """Its server, which has a thread for each request, gets requests that are whole; the others get what streams."""
+    vm.write(FRIEND, "/root/halves.py", HALVES.encode())
+    out = host_of(FRIEND).check_output(f"python3 /root/halves.py {shlex.quote(ADA)} {path}")
+    told = json.loads(out)
+    assert told["size"] == 20
+    assert (told["waited"] > 0.5) == waits
+
+
 def test_lanes_are_drained_by_themselves(host_of: HostOf) -> None:
     """A server is taken out of its lane alone, and each lane keeps its last one."""
     friend, gateway = host_of(FRIEND), host_of(GATEWAY)
