@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import time
 import subprocess
 from collections.abc import Callable
 from typing import Any
@@ -70,9 +71,15 @@ def test_a_dump_brings_the_database_back(host: Any) -> None:
 def test_a_dump_that_would_not_hold_everything_is_none(host: Any) -> None:
     """While somebody writes a quiet dump is refused, and nothing is left of it."""
     before = host.check_output(f"ls {FOLDER}")
-    loop = "while :; do runuser -u postgres -- psql -qd mlflow -c 'INSERT INTO kept VALUES (3)'; done"
+    count = int(sql(host, "SELECT count(*) FROM kept"))
+    # One session: a new one for each row would leave gaps in which a dump has its rest.
+    loop = "while :; do echo 'INSERT INTO kept VALUES (3);'; sleep 0.01; done | runuser -u postgres -- psql -qd mlflow"
     host.check_output(f"systemd-run -q --unit=writer sh -c {json.dumps(loop)}")
     try:
+        until = time.monotonic() + 60
+        while int(sql(host, "SELECT count(*) FROM kept")) < count + 5:
+            assert time.monotonic() < until
+            time.sleep(0.1)
         out = role("dump", check=False, postgresql_dump_quiet=True)
     finally:
         host.check_output("systemctl stop writer")
