@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-import time
 import subprocess
+import time
 from collections.abc import Callable
 from typing import Any
 
