@@ -11,17 +11,13 @@ from typing import Any, NamedTuple
 from kit import bench_api, vm
 from kit.bench_idle import read_memory
 from kit.bench_lab import KIT, BenchError, Lab, Measurement, medians, say
-from kit.bench_sides import Sides, ports
+from kit.bench_sides import Sides
 
 REST = "mlflow-rest@1.service"
-# Every instance that serves everything.
-FULL = "mlflow@.service"
 GATEWAY = "/etc/nginx/mlflow-kit/site.conf"
 # What takes time or room by PostgreSQL's settings, not who may connect.
 TUNED = "shared_buffers|effective_cache_size|work_mem|maintenance_work_mem|random_page_cost|effective_io_concurrency"
 TUNED += "|wal_compression|min_wal_size|max_wal_size|checkpoint_timeout|jit"
-# A folder of modules that cannot be imported, to be found before the environment's.
-MISSING = "/usr/local/lib/kit-bench-missing"
 # How long the unit takes until it serves, by systemd's own clock, in seconds.
 STARTED = """
 import re, subprocess
@@ -123,28 +119,11 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
 
         return deploy
 
-    def full(number: int) -> float:
-        found = [bench_api.wrk(sides, "get run", number, filled, seconds, ports("mlflow")) for seconds in (1, 5)]
-        return found[-1]["requests_s"]
-
-    def imports_nothing() -> None:
-        for name in ("uvloop", "httptools"):
-            text = f"raise ImportError('{name} is taken away')\n"
-            vm.execute(KIT, "mkdir", "-p", MISSING)
-            vm.write(KIT, f"{MISSING}/{name}.py", text.encode())
-        drop_in(FULL, f"Environment=PYTHONPATH={MISSING}")
-        vm.execute(KIT, "systemctl", "restart", "mlflow@*.service")
-
-    def imports_all() -> None:
-        drop_in(FULL)
-        vm.execute(KIT, "systemctl", "restart", "mlflow@*.service")
-
     anew = "systemctl restart 'postgresql@*.service' && systemctl restart 'mlflow@*.service' 'mlflow-rest@*.service'"
     reload = "nginx -t -q && systemctl reload nginx && sleep 2"
     database = vm.execute(KIT, "sh", "-c", "ls /etc/postgresql/*/main/conf.d/50-mlflow-kit.conf")
     tuned = edited(database, f"/^({TUNED}) =/d", anew)
     kept_open = edited("/etc/nginx/mlflow-kit/upstreams.conf", "/^ *keepalive 64;/d", reload)
-    remembered = edited(GATEWAY, "s/proxy_cache verdicts;/proxy_cache off;/", reload)
     static = edited(GATEWAY, "s/proxy_cache static;/proxy_cache off;/", reload)
     line_by_line = r"s#access_log [^ ]*/gateway.log access .*#access_log syslog:server=unix:/dev/log access;#"
     blocks = edited("/etc/nginx/nginx.conf", line_by_line, reload)
@@ -199,15 +178,6 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
                 "higher",
                 "one kept, others opened when they are needed",
             ),
-            Setting(
-                "event loop and parser of the other lane, get run",
-                imports_nothing,
-                imports_all,
-                full,
-                "requests/s",
-                "higher",
-                "asyncio's loop and h11",
-            ),
             *(
                 Setting(
                     f"PostgreSQL's sizes and costs, {case}",
@@ -226,14 +196,6 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
                 "requests/s",
                 "higher",
                 "one for each request",
-            ),
-            Setting(
-                "verdicts on passwords remembered, log-metric",
-                *remembered,
-                requests("log-metric"),
-                "requests/s",
-                "higher",
-                "each request's password is checked",
             ),
             Setting(
                 "access log written in blocks, log-metric",
