@@ -438,7 +438,7 @@ def test_the_page_obeys(site: Site, browser: Browser) -> None:
     expect(page.get_by_role("button", name="15 min")).to_have_attribute("aria-pressed", "false")
     watch.rest(page)
     whole(page, "closer")
-    # On a busy machine the two clicks are now and then too far apart: whoever sees nothing happen does it again.
+    # Now and then nothing comes of it, and why was not found: whoever sees nothing happen does it again.
     for _ in range(5):
         page.mouse.dblclick(*inside(page, 30))
         page.wait_for_timeout(500)
