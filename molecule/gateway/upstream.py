@@ -40,7 +40,11 @@ class Mirror(BaseHTTPRequestHandler):
             size += len(chunk)
             left -= len(chunk)
         port = self.server.server_address[1]
-        told = {"port": port, "path": self.path, "headers": dict(self.headers), "size": size}
+        # In small letters, as HTTP/2 sends them, and each as often as it came: whoever looks for one finds it.
+        headers: dict[str, list[str]] = {}
+        for name, value in self.headers.items():
+            headers.setdefault(name.lower(), []).append(value)
+        told = {"port": port, "path": self.path, "headers": {k: ", ".join(v) for k, v in headers.items()}, "size": size}
         told["waited"] = time.monotonic() - began
         body = json.dumps(told | {"sha256": digest.hexdigest()}).encode()
         self.send_response(200)
