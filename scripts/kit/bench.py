@@ -36,7 +36,7 @@ BENCHES: dict[str, Callable[[Lab, int], Iterator[Measurement]]] = {
 }
 
 # Rounds, unless one asks for another number: so many that a bench takes a few minutes after the deployment.
-ROUNDS = {"artifacts": 2, "rollout": 1, "settings": 2}
+ROUNDS = {"artifacts": 2, "rollout": 1, "settings": 1}
 
 
 def main() -> None:

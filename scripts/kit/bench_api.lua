@@ -63,6 +63,18 @@ cases["search"] = function()
   return post("/api/2.0/mlflow/runs/search", SETTINGS.bodies[count % #SETTINGS.bodies + 1])
 end
 
+cases["newest runs"] = function()
+  return post("/api/2.0/mlflow/runs/search", SETTINGS.bodies[1])
+end
+
+cases["by a metric"] = function()
+  return post("/api/2.0/mlflow/runs/search", SETTINGS.bodies[2])
+end
+
+cases["server info"] = function()
+  return wrk.format("GET", "/api/3.0/mlflow/server-info", SETTINGS.headers)
+end
+
 cases["UI page"] = function()
   return wrk.format("GET", SETTINGS.paths[count % #SETTINGS.paths + 1], SETTINGS.headers)
 end

@@ -72,7 +72,7 @@ def _transfer(side: str) -> dict[str, float]:
 
 def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
     """Yield requests per second, their 99th percentile, and MB/s up and down; `rounds` rounds of both sides in turn."""
-    sides = bench_sides.Sides(lab)
+    sides = bench_sides.Sides(lab, plain=False)
     vm.execute(KIT, "sh", "-c", "apt-get install -yqq --no-install-recommends wrk >/dev/null 2>&1")
     direct = bench_sides.ports("mlflow_rest") or bench_sides.ports("mlflow")
     filled = bench_api.fill(sides)

@@ -76,8 +76,8 @@ def run(script: str, told: Mapping[str, Any], python: str = "python3") -> str:
 class Sides:
     """Both sides of a comparison on the kit's machine; made ready once, then one of them serves."""
 
-    def __init__(self, lab: Lab) -> None:
-        """Deploy the kit unless that was done, and install the plain server beside it."""
+    def __init__(self, lab: Lab, *, plain: bool = True) -> None:
+        """Deploy the kit unless that was done, and install the plain server beside it if it is wanted."""
         if not lab.deployed:
             lab.deploy_kit()
         self.environment = client_environment(lab)
@@ -88,7 +88,7 @@ class Sides:
         }
         self.units = instances()
         self.serving = "kit"
-        if vm.execute(KIT, "sh", "-c", f"test -e {PLAIN}/ready && echo yes", check=False) != "yes":
+        if plain and vm.execute(KIT, "sh", "-c", f"test -e {PLAIN}/ready && echo yes", check=False) != "yes":
             _install_plain(lab)
 
     def client(self, side: str) -> dict[str, str]:
