@@ -154,18 +154,3 @@ def test_architecture_and_user(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {f["subject"]: f["found"] for f in look.check_system(PARAMS)}
     assert found["architecture"] == "riscv64"
     assert "user" in found
-
-
-@pytest.mark.parametrize(
-    ("count", "cores", "memory", "advised"),
-    [(2, 2, 4000, 0), (2, 3, 4000, 0), (2, 4, 4000, 4), (2, 16, 4000, 10), (2, 16, 800, 0), (8, 16, 64000, 16)],
-)
-def test_advice_for_hosts_of_many_cores(count: int, cores: int, memory: int, advised: int) -> None:
-    """As many processes as there are cores, and no more than half of the memory has room for."""
-    said = look.advice({"count": count, "mb": 200, "variable": "site_workers"}, cores, memory)
-    assert bool(said) == bool(advised)
-    assert not said or f"with site_workers: {advised} " in said
-
-
-def test_no_advice_where_nothing_serves() -> None:
-    assert look.advice({}, 64, 64000) == ""

@@ -290,8 +290,8 @@ def test_one_request_has_one_name_from_the_gateway_to_the_server(site: Site) -> 
         for line in lines
         if line["status"] == 403 and line["path"] in asked
     }
-    for unit, ports in (("mlflow-rest@*", ("5101", "5102")), ("mlflow@*", ("5001", "5002"))):
-        request = next(refused[port] for port in ports if port in refused)
+    for unit, first in (("mlflow-rest@*", "51"), ("mlflow@*", "50")):
+        request = next(refused[port] for port in refused if port.startswith(first))
         journal = host.check_output(f"journalctl -u '{unit}' --since -2min -o cat --no-pager")
         assert any(request in line and "strange.test" in line for line in journal.splitlines()), journal[-2000:]
 
@@ -337,3 +337,35 @@ def test_the_servers_questions_find_the_kits_indexes(site: Site) -> None:
     assert "mlflow_kit_runs_newest" in newest
     assert "mlflow_kit_runs_newest" in usual
     assert "mlflow_kit_latest_metrics_value" in metric
+
+
+def test_the_instances_follow_the_cores(site: Site) -> None:
+    """A machine that was given more cores serves with more instances: each is asked, watched, and gone again later."""
+    host = site.host(site.machine)
+
+    def running() -> int:
+        listed = host.check_output("systemctl list-units --plain --no-legend --state=running 'mlflow-rest@*'")
+        return len(listed.splitlines())
+
+    def served() -> set[str]:
+        site.python("import mlflow\nfor _ in range(60): mlflow.search_experiments()")
+        host.check_output("sleep 2")  # the gateway writes its log by the block
+        log = host.check_output("tail -60 /var/log/nginx/gateway.log")
+        ports = {json.loads(line)["upstream"].rpartition(":")[2] for line in log.splitlines()}
+        return {port for port in ports if port.startswith("51")}
+
+    usual = running()
+    assert usual == max(2, int(host.check_output("nproc")))
+    more = usual + 2
+    try:
+        assert site.changed("-e", json.dumps({"site_cores": more})) > 0
+        assert running() == more
+        assert served() == {str(5101 + number) for number in range(more)}
+        assert site.changed("-e", json.dumps({"site_cores": more})) == 0
+        # Memory has room for fewer of them.
+        assert site.changed("-e", json.dumps({"site_cores": more, "site_memory_mb": 400 * (usual + 1)})) > 0
+        assert running() == usual + 1
+    finally:
+        site.changed()
+    assert running() == usual
+    assert served() == {str(5101 + number) for number in range(usual)}

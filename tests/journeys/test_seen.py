@@ -240,6 +240,44 @@ def test_a_failed_drill_and_an_old_backup_are_told(site: Site) -> None:
     quiet(site)
 
 
+# An artifact whose content is found on a disk, then read twice: the first reader may get what is there.
+DAMAGE = """
+import mlflow
+mlflow.set_experiment("seen")
+with mlflow.start_run() as run:
+    mlflow.log_text("what was stored, and nothing else", "damaged.txt")
+print(run.info.run_id)
+"""
+AGAIN = """
+import mlflow
+for _ in range(2):
+    try:
+        print(mlflow.artifacts.load_text("runs:/RUN/damaged.txt"))
+    except Exception as error:
+        print(type(error).__name__)
+"""
+
+
+def test_a_damaged_file_is_told(site: Site) -> None:
+    """Swift sets aside what its disk has changed; that alone is raised, until somebody has taken it away."""
+    quiet(site)
+    host = site.host(site.machine)
+    run = site.python(DAMAGE).split()[-1]
+    path = host.check_output("grep -rl 'what was stored, and nothing else' /srv/swift/*/objects --include=*.data")
+    host.check_output(f"printf WHAT | dd of={path} conv=notrunc status=none")
+    try:
+        assert "MlflowException" in site.python(AGAIN.replace("RUN", run)).split()[-1]
+        host.check_output("systemctl start mlflow-kit-figures.service")
+        deadline = time.monotonic() + PATIENCE
+        while not alerts(site):
+            assert time.monotonic() < deadline, f"{alerts(site, 'pending')} coming"
+            time.sleep(1)
+        assert alerts(site) == {"S3Damage"}
+    finally:
+        host.check_output("rm -rf /srv/swift/*/quarantined/objects; systemctl start mlflow-kit-figures.service")
+    quiet(site)
+
+
 READ = (
     "query?query=up",
     "query_range?query=up&start=0&end=60&step=60",

@@ -46,12 +46,6 @@ options:
     type: list
     elements: str
     default: []
-  processes:
-    description: >-
-      C(count) of the processes that serve, C(mb) of memory of each and the C(variable) that says how many: on a host
-      of at least twice as many cores a warning says what would use them.
-    type: dict
-    default: {}
   ports:
     description: Ports that must be free, or held by one of the units named.
     type: list
@@ -280,25 +274,6 @@ def check_name(params: dict[str, Any]) -> Iterator[dict[str, str]]:
         yield fault("public name", f"«{name}» does not resolve ({reason})", "a name that this host resolves", variable)
 
 
-def advice(processes: dict[str, Any], cores: int, memory: int) -> str:
-    """What to set so that the host's cores are used; nothing where the processes that serve can use half of them.
-
-    Parameters:
-        processes: count and, each, mb of memory; and the variable that says how many.
-        cores: how many this host has.
-        memory: how much it has, in MB. No more than half of it is given away.
-    """
-    if not processes or cores < 2 * processes["count"]:
-        return ""
-    fit = min(cores, memory // 2 // processes["mb"])
-    if fit <= processes["count"]:
-        return ""
-    return (
-        f"This host has {cores} cores, of which {processes['count']} are used: with {processes['variable']}: {fit} "
-        f"so many processes serve, of {processes['mb']} MB each"
-    )
-
-
 def faults(params: dict[str, Any]) -> list[dict[str, str]]:
     """All that stands against a deployment to this host, by the module's `params`."""
     return [
@@ -327,13 +302,9 @@ def main() -> None:
             "ports": {"type": "list", "elements": "dict", "default": [], "options": port},
             "public_name": {"type": "str", "default": ""},
             "variable_names": {"type": "dict", "default": {}},
-            "processes": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )
-    said = advice(module.params["processes"], len(os.sched_getaffinity(0)), memory_mb())
-    if said:
-        module.warn(said)
     module.exit_json(changed=False, faults=faults(module.params))
 
 

@@ -1,6 +1,6 @@
-"""What Prometheus cannot ask for: how old backups and drills are, and the memory of each unit.
+"""What Prometheus cannot ask for: how old backups and drills are, what S3 set aside, and the memory of each unit.
 
-Writes one file for the node exporter, as a whole. Reads what everybody may read.
+Writes one file for the node exporter, as a whole. Reads what everybody may read, and names in Swift's folders.
 """
 
 from __future__ import annotations
@@ -52,6 +52,14 @@ def backups(since: float) -> Iterator[str]:
             yield f"mlflow_kit_last_good_timestamp_seconds{labels} {seconds(good['started']):.0f}"
 
 
+def quarantined(data: pathlib.Path) -> Iterator[str]:
+    """Lines about what Swift found damaged and set aside, by kind: each is a folder of its own, of any device."""
+    yield "# TYPE mlflow_kit_s3_quarantined gauge"
+    for kind in ("objects", "containers", "accounts"):
+        count = sum(1 for _ in data.glob(f"*/quarantined/{kind}*/*"))
+        yield f'mlflow_kit_s3_quarantined{{kind="{kind}"}} {count}'
+
+
 def memory() -> Iterator[str]:
     """Lines about the memory of each unit: what its processes have for themselves, and what they share once."""
     own: collections.Counter[str] = collections.Counter()
@@ -73,14 +81,17 @@ def memory() -> Iterator[str]:
 
 
 def main() -> None:
-    """Command line: `figures.py [--backups] FOLDER`."""
+    """Command line: `figures.py [--backups] [--swift DATA] FOLDER`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backups", action="store_true", help="this host takes backups")
+    parser.add_argument("--swift", type=pathlib.Path, metavar="DATA", help="where this host's Swift keeps its devices")
     parser.add_argument("folder", type=pathlib.Path, help="where the node exporter reads")
     a = parser.parse_args()
     lines = list(memory())
     if a.backups:
         lines += backups(watched_since(a.folder))
+    if a.swift:
+        lines += quarantined(a.swift)
     scratch = a.folder / ".figures.new"
     scratch.write_text("\n".join(lines) + "\n")
     scratch.replace(a.folder / "figures.prom")

@@ -96,6 +96,9 @@ def locked(options: argparse.Namespace, settings: Settings) -> None:
         verbs.restore_database(settings, options.time, options.timeline)
         verbs.restore_bucket(settings, options.time)
         verbs.restored()
+    elif options.verb == "put-back":
+        version = bucket.put_back(settings, options.path, verbs.moment_of(options.time))
+        print(f"{version.path} is there as it was: {version.size} bytes, stored {iso(version.time)}")
     elif options.verb == "end-restore":
         print(json.dumps(verbs.end_restore(settings)))
 
@@ -113,6 +116,9 @@ def main() -> None:
     makes.add_argument("--dry", action="store_true")
     takes = sub.add_parser("take", help="take a backup in the foreground")
     takes.add_argument("--bucket", action="store_true", help="of the bucket alone")
+    puts = sub.add_parser("put-back", help="bring one object of the bucket back, damaged or deleted")
+    puts.add_argument("path", help="its key in the bucket")
+    puts.add_argument("--time", default="", help="as of this time, with its zone; else as of the last copy")
     sub.add_parser("drill", help="restore into a scratch place and compare, in the foreground")
     for name, words in (
         ("check-restore", "see that a restore can work, and change nothing"),

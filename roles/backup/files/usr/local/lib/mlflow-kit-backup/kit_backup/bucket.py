@@ -388,6 +388,27 @@ def restore(settings: Settings, moment: float | None) -> Restored:
     return done
 
 
+def put_back(settings: Settings, path: str, moment: float | None) -> Version:
+    """Bring one object to its state at `moment` (seconds since 1970), or to that of the last copy, and return it.
+
+    Raises Failed, also when what S3 then serves is not what the backup holds.
+    """
+    remote = f"source:{settings.bucket['bucket']}"
+    catalog = Catalog(settings)
+    catalog.settle()
+    version = catalog.at(moment).get(path)
+    if version is None:
+        raise Failed(
+            f"the backups hold no «{path}» of that time",
+            "give the key in the bucket, such as 1/RUN/artifacts/FILE, and --time if it was deleted since",
+        )
+    _run(settings, "copy", f"copy:{version.where}", remote, [path])
+    served = md5_by_reading(settings, remote, [path]).get(path)
+    if not served or served != (version.md5 or served):
+        raise Failed(f"«{path}» was written, and S3 does not serve it as it was", S3_AWAY)
+    return version
+
+
 def _hashed(settings: Settings, remote: str, wanted: dict[str, Version]) -> dict[str, Version]:
     """What lies in `remote`, with the MD5 of all that may be what is wanted, if need be by reading it."""
     found = listing(settings, remote, hashes=True)
