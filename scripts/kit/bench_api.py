@@ -145,12 +145,19 @@ def fill(sides: Sides) -> dict[str, Any]:
 
 
 def wrk(
-    sides: Sides, case: str, number: int, filled: Mapping[str, Any], seconds: int, direct: Sequence[int] = ()
+    sides: Sides,
+    case: str,
+    number: int,
+    filled: Mapping[str, Any],
+    seconds: int,
+    direct: Sequence[int] = (),
+    cores: Sequence[int] = (),
 ) -> dict[str, float]:
     """Let wrk ask the serving side for `seconds` as `case` says; returns its figures. Raises BenchError.
 
     Parameters:
         direct: ports of the kit's instances to ask in the clear instead of the gateway, in turn by each thread.
+        cores: those that wrk may use; all if none is named.
     """
     address = f"http://127.0.0.1:{direct[0]}" if direct else ADDRESSES[sides.serving]
     headers = {} if direct else sides.headers[sides.serving]
@@ -164,7 +171,17 @@ def wrk(
         "headers": {**headers, "Accept-Encoding": "gzip" if case == "UI page" else "identity"},
     }
     vm.write(KIT, "/root/bench-api.lua", f"SETTINGS = {lua(settings)}\n{SCRIPT.read_text()}".encode())
-    argv = ["wrk", f"-t{THREADS}", f"-c{CONNECTIONS}", f"-d{seconds}s", "--timeout", "60s", "-s", "/root/bench-api.lua"]
+    argv = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
+    argv += [
+        "wrk",
+        f"-t{THREADS}",
+        f"-c{CONNECTIONS}",
+        f"-d{seconds}s",
+        "--timeout",
+        "60s",
+        "-s",
+        "/root/bench-api.lua",
+    ]
     return parse(vm.execute(KIT, *argv, address))
 
 

@@ -1,11 +1,12 @@
 """What the gateway costs: requests through TLS, credentials and allowlist beside the server itself, and transfers
-by presigned URL beside S3 itself. Both sides run on the same machine, over loopback, in turn."""
+by presigned URL beside S3 itself. Both sides run on the same machine, over loopback, in turn; requests once with all
+on the same cores, and once with the server and its database on one half of them, client and gateway on the other."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kit import bench_api, bench_sides, vm
@@ -15,6 +16,8 @@ from kit.bench_lab import KIT, Lab, Measurement, medians, say
 SECONDS, TURNS, MEGABYTES = 2, 6, 600
 # The first is the lightest request that there is.
 CASES = ("get experiment", "get run", "log-metric", "log-batch", "search")
+# What answers, and what stands before it.
+SERVER, BEFORE = "launcher.py|^postgres|postgres:", "^nginx|nginx:|mtail"
 FIGURES = (("", "requests_s", "requests/s", "higher"), (", p99", "p99_ms", "ms", "lower"))
 # Settings and secrets as the server has them; its own environment's boto3 and MLflow client.
 TRANSFER = """
@@ -70,12 +73,17 @@ def _transfer(side: str) -> dict[str, float]:
     return found
 
 
-def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
-    """Yield requests per second, their 99th percentile, and MB/s up and down; `rounds` rounds of both sides in turn."""
-    sides = bench_sides.Sides(lab, plain=False)
-    vm.execute(KIT, "sh", "-c", "apt-get install -yqq --no-install-recommends wrk >/dev/null 2>&1")
+def _confine(pattern: str, cores: Sequence[int]) -> None:
+    """Let the processes whose command lines match use these cores alone."""
+    each = f"for p in $(pgrep -f '{pattern}'); do taskset -acp {','.join(map(str, cores))} $p; done"
+    vm.execute(KIT, "sh", "-c", f"({each}) >/dev/null 2>&1 || true")
+
+
+def _requests(
+    sides: bench_sides.Sides, filled: Mapping[str, Any], rounds: int, words: str, cores: Sequence[int]
+) -> Iterator[Measurement]:
+    """Requests per second and their 99th percentile of each case; `words` say on which cores, `cores` are wrk's."""
     direct = bench_sides.ports("mlflow_rest") or bench_sides.ports("mlflow")
-    filled = bench_api.fill(sides)
     detail: dict[str, Any] = {"rounds": rounds, "turns": TURNS, "connections": bench_api.CONNECTIONS}
     detail["seconds"] = SECONDS
     name = "the same instances without the gateway"
@@ -85,17 +93,35 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
             for turn in range(TURNS):
                 for side, ports in (("peer", direct), ("kit", [])):
                     # A number of its own: no name is written twice.
-                    one = 2 * (number * TURNS + turn) + bool(ports)
+                    one = 4 * (number * TURNS + turn) + 2 * bool(cores) + bool(ports)
                     if not turn:
-                        bench_api.wrk(sides, case, one, filled, bench_api.WARM, ports)
-                    seen[side].append(bench_api.wrk(sides, case, one, filled, SECONDS, ports))
+                        bench_api.wrk(sides, case, one, filled, bench_api.WARM, ports, cores)
+                    seen[side].append(bench_api.wrk(sides, case, one, filled, SECONDS, ports, cores))
             rates = [medians(seen[side])["requests_s"] for side in ("kit", "peer")]
-            say(f"gateway, {case}, round {number + 1} of {rounds}: {rates[0]:.0f} requests/s, {rates[1]:.0f} without")
+            say(f"{case}{words}, round {number + 1} of {rounds}: {rates[0]:.0f} requests/s, {rates[1]:.0f} without")
         ours, theirs = medians(seen["kit"]), medians(seen["peer"])
         for title, figure, unit, better in FIGURES:
             told = {f"{side}_rounds": [round(one[figure], 1) for one in each] for side, each in seen.items()}
             ratio = (ours[figure], theirs[figure])
-            yield Measurement("gateway", f"{case}{title}", unit, better, *ratio, name, detail | told)
+            yield Measurement("gateway", f"{case}{words}{title}", unit, better, *ratio, name, detail | told)
+
+
+def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
+    """Yield requests per second, their 99th percentile, and MB/s up and down; `rounds` rounds of both sides in turn."""
+    sides = bench_sides.Sides(lab, plain=False)
+    vm.execute(KIT, "sh", "-c", "apt-get install -yqq --no-install-recommends wrk >/dev/null 2>&1")
+    filled = bench_api.fill(sides)
+    yield from _requests(sides, filled, rounds, "", [])
+    asked = "import os; print(*sorted(os.sched_getaffinity(0)))"
+    cores = [int(one) for one in vm.execute(KIT, "python3", "-c", asked).split()]
+    half = len(cores) // 2
+    if half:
+        try:
+            _confine(SERVER, cores[:half])
+            _confine(BEFORE, cores[half:])
+            yield from _requests(sides, filled, rounds, ", gateway on cores of its own", cores[half:])
+        finally:
+            _confine(f"{SERVER}|{BEFORE}", cores)
     kit: list[dict[str, float]] = []
     peer: list[dict[str, float]] = []
     for number in range(rounds):

@@ -681,7 +681,7 @@ def rest(instance: int, further: list[dict[str, typing.Any]]) -> None:
     server = cheroot.wsgi.Server(
         (host, port),
         Marked(app).wsgi,
-        numthreads=int(os.environ.get("MLFLOW_KIT_REST_THREADS", "8")),
+        numthreads=int(os.environ.get("MLFLOW_KIT_REST_THREADS", "4")),
         request_queue_size=1024,
         timeout=90,  # longer than the gateway keeps a connection: it must be the one that closes
         shutdown_timeout=int(os.environ.get("MLFLOW_KIT_SHUTDOWN_SECONDS", "30")),
