@@ -92,11 +92,9 @@ def _requests(
         for number in range(rounds):
             for turn in range(TURNS):
                 for side, ports in (("peer", direct), ("kit", [])):
-                    # A number of its own: no name is written twice.
-                    one = 4 * (number * TURNS + turn) + 2 * bool(cores) + bool(ports)
                     if not turn:
-                        bench_api.wrk(sides, case, one, filled, bench_api.WARM, ports, cores)
-                    seen[side].append(bench_api.wrk(sides, case, one, filled, SECONDS, ports, cores))
+                        bench_api.wrk(sides, case, filled, bench_api.WARM, ports, cores)
+                    seen[side].append(bench_api.wrk(sides, case, filled, SECONDS, ports, cores))
             rates = [medians(seen[side])["requests_s"] for side in ("kit", "peer")]
             say(f"{case}{words}, round {number + 1} of {rounds}: {rates[0]:.0f} requests/s, {rates[1]:.0f} without")
         ours, theirs = medians(seen["kit"]), medians(seen["peer"])

@@ -92,6 +92,8 @@ class Lab:
     def __init__(self, suite: str) -> None:
         """Remember the Debian release; nothing is booted yet."""
         self.suite = suite
+        # What bench_api.fill has put where, by side.
+        self.filled: dict[str, dict[str, Any]] = {}
         self.log = vm.CHECKOUT / ".cache" / "log"
         self.log.mkdir(parents=True, exist_ok=True)
         self.site = pathlib.Path()
@@ -126,6 +128,7 @@ class Lab:
             vm.podman("volume", "rm", "--force", f"mlflow-kit-apt-{name}-{self.suite}", check=False)
         if KIT in names:
             self.deployed = False
+            self.filled.clear()
 
     def boot(self, name: str, *, aliases: Sequence[str] = ()) -> list[str]:
         """Boot a machine that was never used; no cache of any package manager is mounted."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import shlex
 import statistics
@@ -116,14 +115,12 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
     filled = bench_api.fill(sides)
     kept = sql(INDEXES).splitlines()
     names = [re.findall(r"INDEX (\S+) ON", line)[0] for line in kept]
-    # A number of its own for each call: no name is written twice.
-    numbers = itertools.count(1)
 
     def requests(case: str, seconds: int = bench_api.SECONDS) -> Figure:
         def measure() -> float:
             if seconds == bench_api.SECONDS:
-                bench_api.wrk(sides, case, next(numbers), filled, bench_api.WARM)
-            return bench_api.wrk(sides, case, next(numbers), filled, seconds)["requests_s"]
+                bench_api.wrk(sides, case, filled, bench_api.WARM)
+            return bench_api.wrk(sides, case, filled, seconds)["requests_s"]
 
         return Figure(case, measure)
 

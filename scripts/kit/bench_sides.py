@@ -80,6 +80,7 @@ class Sides:
         """Deploy the kit unless that was done, and install the plain server beside it if it is wanted."""
         if not lab.deployed:
             lab.deploy_kit()
+        self.lab = lab
         self.environment = client_environment(lab)
         pair = f"{self.environment['MLFLOW_TRACKING_USERNAME']}:{self.environment['MLFLOW_TRACKING_PASSWORD']}"
         self.headers: dict[str, dict[str, str]] = {
