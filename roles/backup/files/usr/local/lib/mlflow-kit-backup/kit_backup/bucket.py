@@ -393,6 +393,7 @@ def put_back(settings: Settings, path: str, moment: float | None) -> Version:
 
     Raises Failed, also when what S3 then serves is not what the backup holds.
     """
+    settings.check_target()
     remote = f"source:{settings.bucket['bucket']}"
     catalog = Catalog(settings)
     catalog.settle()
