@@ -582,6 +582,33 @@ class Marked:
         await self.app(scope, receive, send)
 
 
+class Answer:
+    """What is written to a socket, held back until it is flushed or much."""
+
+    MUCH = 1 << 16
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Take the socket."""
+        self.sock = sock
+        self.held = bytearray()
+        self.bytes_written = 0
+
+    def write(self, data: bytes) -> int:
+        """Take `data`; returns how much. Raises OSError when the other side is gone."""
+        self.held += data
+        self.bytes_written += len(data)
+        # Who was told to go on sends the rest only then.
+        if len(self.held) > self.MUCH or data.startswith(b"HTTP/1.1 100 "):
+            self.flush()
+        return len(data)
+
+    def flush(self) -> None:
+        """Send what is held. Raises OSError when the other side is gone."""
+        data, self.held = self.held, bytearray()
+        if data:
+            self.sock.sendall(data)
+
+
 def _settle() -> None:
     """Leave what was imported out of every later collection of garbage, which happens less often, too."""
     gc.collect()
@@ -675,7 +702,23 @@ def rest(instance: int, further: list[dict[str, typing.Any]]) -> None:
             create_app(app)
     _open_stores()
     mark_log()
+    import cheroot.server
     import cheroot.wsgi
+
+    class Connection(cheroot.server.HTTPConnection):  # type: ignore[misc]
+        """Sends an answer's head and body at once, which wakes the gateway once, and gives up Python's lock once."""
+
+        def __init__(self, server: typing.Any, sock: socket.socket, *more: typing.Any) -> None:
+            super().__init__(server, sock, *more)
+            self.wfile = Answer(sock)
+
+        def communicate(self) -> bool:
+            keep = super().communicate()
+            try:
+                self.wfile.flush()
+            except OSError:
+                return False  # whoever asked is gone
+            return bool(keep)
 
     host, port = os.environ["MLFLOW_HOST"], first + instance - 1
     server = cheroot.wsgi.Server(
@@ -687,6 +730,7 @@ def rest(instance: int, further: list[dict[str, typing.Any]]) -> None:
         shutdown_timeout=int(os.environ.get("MLFLOW_KIT_SHUTDOWN_SECONDS", "30")),
         server_name="",
     )
+    server.ConnectionClass = Connection
 
     def stop(*_: typing.Any) -> None:
         notify("STOPPING=1\nSTATUS=finishing what is under way")
