@@ -237,6 +237,12 @@ def test_shortcuts_end_where_the_plain_server_ends(site: Site) -> None:
     assert found["kept"] == [12, 12, 12, 8 * 15]
 
 
+def test_after_a_shortcut_a_transaction_can_be_taken_back(site: Site) -> None:
+    """A session that wrote by one statement, kept or refused, is again one that MLflow may take a change back in."""
+    told = with_client(site, STORE + f"sys.path.insert(0, {SHORTCUTS!r})\n" + TAKEN_BACK).splitlines()
+    assert told[-3:] == ["kept", "refused", "before"]
+
+
 def test_a_session_that_ends_under_a_write_loses_nothing(site: Site) -> None:
     """Whatever of the database's sessions is ended, between or in the midst of writes, each write is answered once."""
     end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'mlflow'"
@@ -319,9 +325,9 @@ def test_one_request_has_one_name_from_the_gateway_to_the_server(site: Site) -> 
         assert any(request in line and "strange.test" in line for line in journal.splitlines()), journal[-2000:]
 
 
-# Lets the store ask as the server does, and PostgreSQL tell how it would answer if it could not read whole tables.
-EXPLAIN = """
-import json, os, pathlib
+# The server's own store, and no server.
+STORE = """
+import json, os, pathlib, sys
 for line in pathlib.Path("/etc/mlflow/mlflow.env").read_text().splitlines():
     name, _, value = line.partition("=")
     if name.startswith("MLFLOW_"):
@@ -330,7 +336,11 @@ os.environ["PGPASSFILE"] = "/etc/mlflow/pgpass"
 import sqlalchemy
 from mlflow.entities import ViewType
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-store, asked, plans = SqlAlchemyStore(os.environ["MLFLOW_BACKEND_STORE_URI"], "/root/plain"), [], []
+store = SqlAlchemyStore(os.environ["MLFLOW_BACKEND_STORE_URI"], "/root/plain")
+"""
+# Lets the store ask as the server does, and PostgreSQL tell how it would answer if it could not read whole tables.
+EXPLAIN = """
+asked, plans = [], []
 
 @sqlalchemy.event.listens_for(store.engine, "before_cursor_execute")
 def note(connection, cursor, statement, parameters, context, many):
@@ -354,9 +364,26 @@ print(json.dumps(plans))
 """
 
 
+# Writes through a session and then takes a change back in the same one: the store has no other.
+TAKEN_BACK = """
+import shortcuts
+from mlflow.entities import Param
+run = store.create_run("0", "somebody", 0, [], "before").info.run_id
+for value in ("1", "x" * 9000):
+    try:
+        print("kept" if shortcuts.write(store, run, params=[Param("p" + value[:1], value)]) else "left")
+    except store.engine.dialect.dbapi.Error:
+        print("refused")
+with store.engine.connect() as connection:
+    connection.exec_driver_sql("UPDATE runs SET name = 'after' WHERE run_uuid = %(run)s", {"run": run})
+    connection.rollback()
+print(store.get_run(run).info.run_name)
+"""
+
+
 def test_the_servers_questions_find_the_kits_indexes(site: Site) -> None:
     """An index is for a question in MLflow's very words: another version that asks otherwise shows here."""
-    newest, usual, metric = json.loads(with_client(site, EXPLAIN).splitlines()[-1])
+    newest, usual, metric = json.loads(with_client(site, STORE + EXPLAIN).splitlines()[-1])
     assert "mlflow_kit_runs_newest" in newest
     assert "mlflow_kit_runs_newest" in usual
     assert "mlflow_kit_latest_metrics_value" in metric
