@@ -216,6 +216,13 @@ def bench(lab: Lab, rounds: int) -> Iterator[Measurement]:
                 turns=3,
             ),
             Setting(
+                "head and body of an answer by one packet",
+                "by two",
+                *edited("/usr/local/lib/mlflow-kit/launcher.py", "/^    server.ConnectionClass = /d", restart),
+                [writes, requests("get run")],
+                turns=3,
+            ),
+            Setting(
                 "event loop and parser of the instances that serve everything",
                 "Python's own event loop, h11",
                 *packages("uvloop", "httptools"),
