@@ -325,6 +325,7 @@ def test_one_object_comes_back(filled: Any) -> None:
     assert "run-8/damaged is there as it was" in kit(filled, "put-back", "run-8/damaged")
     kit(filled, "run", "bucket")
     assert "the backups hold no «run-8/deleted» of that time" in kit(filled, "put-back", "run-8/deleted", ok=False)
+    assert "--time: found «soon», expected a time" in kit(filled, "put-back", "run-8/deleted", "--time=soon", ok=False)
     kit(filled, "put-back", "run-8/deleted", f"--time={moment}")
     assert objects(filled) == before
     filled.check_output("rm -r /srv/swift/*/quarantined/objects")

@@ -160,6 +160,24 @@ def client() -> Iterator[Any]:
         after.delete_object(Bucket=BUCKET, Key=key)
 
 
+def test_damage_is_found_before_anybody_reads_it(host: Any, client: Any) -> None:
+    """What the disk has changed is set aside by the weekly reading, and nothing else is."""
+    bodies = {f"audit/{name}": f"stored as {name}".encode() for name in ("damaged", "sound")}
+    for key, body in bodies.items():
+        client.put_object(Bucket=BUCKET, Key=key, Body=body)
+    path = host.check_output("grep -rl 'stored as damaged' /srv/swift/*/objects --include=*.data")
+    host.check_output(f"printf STORED | dd of={path} conv=notrunc status=none")
+    host.check_output("systemctl start object-store-audit.service")
+    assert host.check_output("systemctl show --value -p Result object-store-audit") == "success"
+    aside = host.check_output("ls /srv/swift/*/quarantined/objects/*/*.data").split()
+    assert host.check_output(f"swift-object-info {' '.join(aside)} | grep -c Path:") == "1"
+    assert host.check_output(f"swift-object-info {aside[0]} | grep Path:").endswith("/audit/damaged")
+    assert status_of(lambda: client.get_object(Bucket=BUCKET, Key="audit/damaged")) == 404
+    assert client.get_object(Bucket=BUCKET, Key="audit/sound")["Body"].read() == bodies["audit/sound"]
+    client.delete_object(Bucket=BUCKET, Key="audit/damaged")
+    host.check_output("rm -r /srv/swift/*/quarantined/objects")
+
+
 def test_objects_of_every_kind_of_name(client: Any) -> None:
     """Put, get, range, list with prefix, copy, delete; names as MLflow and people make them."""
     names = ["1/ab/artifacts/model/MLmodel", "space and ü/%41+&=.txt", "a//b", "x" * 900]
@@ -329,7 +347,8 @@ def test_only_needed_units_run(host: Any) -> None:
     assert {line.split()[0] for line in enabled.splitlines()} == wanted
     active = host.check_output(f"systemctl list-units --state=active --no-legend --plain --type=service {pattern}")
     assert {line.split()[0] for line in active.splitlines()} == wanted
-    assert host.check_output("systemctl is-active object-store-maintenance.timer") == "active"
+    for timer in ("object-store-maintenance.timer", "object-store-audit.timer"):
+        assert host.check_output(f"systemctl is-active {timer}") == "active"
 
 
 def test_sandbox_holds(host: Any) -> None:

@@ -97,7 +97,7 @@ def locked(options: argparse.Namespace, settings: Settings) -> None:
         verbs.restore_bucket(settings, options.time)
         verbs.restored()
     elif options.verb == "put-back":
-        version = bucket.put_back(settings, options.path, verbs.moment_of(options.time))
+        version = bucket.put_back(settings, options.path, verbs.moment_of(options.time, "--time"))
         print(f"{version.path} is there as it was: {version.size} bytes, stored {iso(version.time)}")
     elif options.verb == "end-restore":
         print(json.dumps(verbs.end_restore(settings)))

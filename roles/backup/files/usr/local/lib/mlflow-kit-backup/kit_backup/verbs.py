@@ -283,16 +283,16 @@ def _drill_database(settings: Settings, database: Database, wanted: dict[str, An
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def moment_of(text: str) -> float | None:
-    """The time that an operator gave, in seconds since 1970; None for the latest. Raises Failed."""
+def moment_of(text: str, name: str = "restore_time") -> float | None:
+    """The time that an operator gave by `name`, in seconds since 1970; None for the latest. Raises Failed."""
     if not text:
         return None
     try:
         moment = seconds(text)
     except ValueError:
         raise Failed(
-            f"restore_time: found «{text}», expected a time with its zone such as {iso(now())}",
-            "change restore_time; a blank between date and time would end the value",
+            f"{name}: found «{text}», expected a time with its zone such as {iso(now())}",
+            f"change {name}; a blank between date and time would end the value",
         ) from None
     return moment
 
