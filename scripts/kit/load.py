@@ -101,8 +101,11 @@ class Ledger:
             }
 
 
-def watch(ledger: Ledger) -> None:
-    """Let `ledger` see each request of this process: each try, and how long its caller waited for all of them."""
+def watch(ledger: Ledger, pause: float) -> None:
+    """Let `ledger` see each request of this process: each try, and how long its caller waited for all of them.
+
+    Whoever asked does nothing for `pause` seconds afterwards.
+    """
     plain = urllib3.connectionpool.HTTPConnectionPool._make_request
 
     def make_request(
@@ -129,13 +132,12 @@ def watch(ledger: Ledger) -> None:
         finally:
             with ledger.lock:
                 ledger.waits.append(time.monotonic() - began)
+            time.sleep(pause)
 
     requests.adapters.HTTPAdapter.send = send  # type: ignore[method-assign, assignment]
 
 
-def write(
-    ledger: Ledger, client: MlflowClient, experiment: str, stop: threading.Event, number: int, pause: float
-) -> None:
+def write(ledger: Ledger, client: MlflowClient, experiment: str, stop: threading.Event, number: int) -> None:
     """Write runs with metrics, parameters, tags and a small artifact until `stop`; each acknowledged one is noted."""
     turn = 0
     while not stop.is_set():
@@ -163,10 +165,9 @@ def write(
             continue
         with ledger.lock:
             ledger.runs.append({"run": run, "turn": turn, "sha256": digest})
-        time.sleep(pause)
 
 
-def read(ledger: Ledger, client: MlflowClient, experiment: str, stop: threading.Event, pause: float) -> None:
+def read(ledger: Ledger, client: MlflowClient, experiment: str, stop: threading.Event) -> None:
     """Search and read what was written until `stop`."""
     while not stop.is_set():
         try:
@@ -178,7 +179,6 @@ def read(ledger: Ledger, client: MlflowClient, experiment: str, stop: threading.
             with ledger.lock:
                 ledger.gave_up.append(f"{time.strftime('%H:%M:%S')} reader: {error}"[:400])
             time.sleep(0.5)
-        time.sleep(pause)
 
 
 def run(writers: int, readers: int, pause: float, out: pathlib.Path) -> None:
@@ -189,18 +189,17 @@ def run(writers: int, readers: int, pause: float, out: pathlib.Path) -> None:
     ledger, stop, turn = Ledger(), threading.Event(), threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGUSR1, lambda *_: turn.set())
-    watch(ledger)
+    watch(ledger, pause)
     client = MlflowClient()
     made = client.get_experiment_by_name(EXPERIMENT)
     experiment = made.experiment_id if made else client.create_experiment(EXPERIMENT)
     began = time.monotonic()
     threads = [
-        threading.Thread(target=write, args=(ledger, client, experiment, stop, number, pause), daemon=True)
+        threading.Thread(target=write, args=(ledger, client, experiment, stop, number), daemon=True)
         for number in range(writers)
     ]
     threads += [
-        threading.Thread(target=read, args=(ledger, client, experiment, stop, pause), daemon=True)
-        for _ in range(readers)
+        threading.Thread(target=read, args=(ledger, client, experiment, stop), daemon=True) for _ in range(readers)
     ]
     for thread in threads:
         thread.start()
@@ -254,7 +253,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--writers", type=int, default=2)
     parser.add_argument("--readers", type=int, default=1)
-    parser.add_argument("--pause", type=float, default=0.05)
+    parser.add_argument("--pause", type=float, default=0.005)
     a = parser.parse_args()
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "10")

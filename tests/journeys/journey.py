@@ -85,7 +85,8 @@ def start_load(site: Site, writers: int = 2, readers: int = 1) -> None:
         # Telemetry asks a host that is not the site.
         "set -a; . /root/client.env; MLFLOW_DISABLE_TELEMETRY=true; set +a; "
         "exec /opt/client/bin/python -W ignore /root/load.py run "
-        f"--out /root/load.json --writers {writers} --readers {readers}"
+        # Steady, and not all that the machine gives: what is done under it would wait for it.
+        f"--out /root/load.json --pause 0.03 --writers {writers} --readers {readers}"
     )
     vm.execute(
         site.client,

@@ -284,7 +284,7 @@ def quiet(figures: dict[str, Any], kind: str) -> None:
         f" {figures['runs']} acknowledged runs, {len(figures['lost'])} lost"
     )
     assert (figures["failed"], figures["refused"], figures["gave_up"], figures["lost"]) == (0, 0, [], []), figures
-    assert figures["requests"] > max(100, 200 * figures["closed"])
+    assert figures["requests"] > max(100, 50 * figures["closed"])
 
 
 def test_a_dry_run_tells_and_changes_nothing(site: Site) -> None:
