@@ -222,9 +222,11 @@ def test_a_failed_drill_and_an_old_backup_are_told(site: Site) -> None:
     """By the state files that backups leave, which the collector reads."""
     quiet(site)
     host = site.host(site.machine)
-    # The hourly copy would go on from the state that is made up here, and keep it.
-    timers = "mlflow-kit-backup.timer mlflow-kit-backup-bucket.timer"
-    host.check_output(f"systemctl stop {timers}")
+    # The hourly copy would go on from the state that is made up here, and keep it. Its timer stays: it is watched.
+    held = "/run/systemd/system/mlflow-kit-backup-bucket.service.d"
+    host.check_output(f"mkdir {held}")
+    vm.write(site.machine, f"{held}/held.conf", b"[Unit]\nConditionPathExists=/nonexistent\n")
+    host.check_output("systemctl daemon-reload")
     host.check_output("while systemctl is-active 'mlflow-kit-backup*.service' | grep -q activating; do sleep 1; done")
     saved = "cd /var/lib/mlflow-kit; for f in backup drill; do"
     host.check_output(f"{saved} [ ! -e $f.json ] || mv $f.json $f.kept; done")
@@ -240,7 +242,7 @@ def test_a_failed_drill_and_an_old_backup_are_told(site: Site) -> None:
             time.sleep(2)
     finally:
         host.check_output(f"{saved} rm $f.json; [ ! -e $f.kept ] || mv $f.kept $f.json; done")
-        host.check_output(f"systemctl start {timers} mlflow-kit-figures.service")
+        host.check_output(f"rm -r {held}; systemctl daemon-reload; systemctl start mlflow-kit-figures.service")
     quiet(site)
 
 
