@@ -75,7 +75,7 @@ class Site:
         return vm.execute(self.client, "sh", "-c", script, check=check)
 
 
-def start_load(site: Site, writers: int = 2, readers: int = 1) -> None:
+def start_load(site: Site, writers: int = 2, readers: int = 1, pause: float = 0.03) -> None:
     """Let real MLflow clients work in the client's machine until stop_load; returns when they are under way."""
     stop_load_unit(site)
     source = (pathlib.Path(os.environ["KIT_ROOT"]) / "scripts/kit/load.py").read_bytes()
@@ -86,7 +86,7 @@ def start_load(site: Site, writers: int = 2, readers: int = 1) -> None:
         "set -a; . /root/client.env; MLFLOW_DISABLE_TELEMETRY=true; set +a; "
         "exec /opt/client/bin/python -W ignore /root/load.py run "
         # Steady, and not all that the machine gives: what is done under it would wait for it.
-        f"--out /root/load.json --pause 0.03 --writers {writers} --readers {readers}"
+        f"--out /root/load.json --pause {pause} --writers {writers} --readers {readers}"
     )
     vm.execute(
         site.client,

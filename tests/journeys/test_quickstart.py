@@ -165,7 +165,7 @@ def test_no_secret_shows(site: Site) -> None:
 def test_a_rolling_restart_fails_no_request(site: Site) -> None:
     """While every instance restarts for a changed setting, real clients read and write on: nobody is refused."""
     host = site.host(site.machine)
-    start_load(site)
+    start_load(site, pause=0.005)
     before = host.check_output(f"systemctl show -p MainPID --value {INSTANCES}").split()
     site.playbook("playbooks/mlflow.yml", "-e", "mlflow_shutdown_timeout=29")
     after = host.check_output(f"systemctl show -p MainPID --value {INSTANCES}").split()
