@@ -244,7 +244,7 @@ def test_after_a_shortcut_a_transaction_can_be_taken_back(site: Site) -> None:
 
 
 def test_a_session_that_ends_under_a_write_loses_nothing(site: Site) -> None:
-    """Whatever of the database's sessions is ended, between or in the midst of writes, each write is answered once."""
+    """Sessions of the database end between writes and in their midst: each write is there, and there once."""
     end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'mlflow'"
     script = f'while :; do runuser -u postgres -- psql -qAtc "{end}"; sleep 0.2; done'
     command = ("--unit=ending", "--working-directory=/", "sh", "-c", script)
