@@ -224,6 +224,7 @@ def up(
         argv += ["--systemd=always", "--cap-add=SYS_ADMIN,NET_ADMIN,SYS_PTRACE", "--no-hosts"]
         argv += [f"--network={net}" for net in networks] + [f"--network-alias={a}" for a in aliases]
         argv += [f"--volume={v}" for v in (f"mlflow-kit-apt-{name}-{suite}:/var/cache/apt/archives", *volumes)]
+        argv += [f"--volume={v}" for v in _kept_code()]
         podman(*argv, *run_args, made, "/sbin/init")
         # An emptied folder of lists looks fresh to Ansible: set its time back.
         execute(name, "touch", "-d", "@0", "/var/lib/apt/lists")
@@ -232,6 +233,20 @@ def up(
     _wait(name)
     _authorize(name)
     return addresses(name)
+
+
+def _kept_code() -> list[str]:
+    """Mounts for machines of tests: see tests/kept/machine. A machine that something is measured on has none."""
+    if not os.environ.get("KIT_KEPT_CODE"):
+        return []
+    folder = CACHE / "code"
+    folder.mkdir(parents=True, exist_ok=True)
+    packages = "/usr/lib/python3/dist-packages"
+    source = CHECKOUT / "tests" / "kept" / "machine"
+    return [
+        f"{folder}:/var/cache/kit-code",
+        *(f"{source}/{name}:{packages}/{name}:ro" for name in ("kit_kept_code.py", "kit_kept_code.pth")),
+    ]
 
 
 def restart(name: str) -> None:

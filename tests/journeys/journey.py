@@ -75,7 +75,7 @@ class Site:
         return vm.execute(self.client, "sh", "-c", script, check=check)
 
 
-def start_load(site: Site, writers: int = 2, readers: int = 1, pause: float = 0.03) -> None:
+def start_load(site: Site, writers: int = 2, readers: int = 1, pause: float = 0.1) -> None:
     """Let real MLflow clients work in the client's machine until stop_load; returns when they are under way."""
     stop_load_unit(site)
     source = (pathlib.Path(os.environ["KIT_ROOT"]) / "scripts/kit/load.py").read_bytes()

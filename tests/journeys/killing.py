@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import pathlib
 import random
 import signal
@@ -26,7 +27,9 @@ def _run(site: Site, at: int, playbook: str, more: tuple[str, ...]) -> tuple[int
         log.touch()
         own = {
             **site.environment,
-            "ANSIBLE_CALLBACK_PLUGINS": str(CALLBACKS),
+            "ANSIBLE_CALLBACK_PLUGINS": os.pathsep.join(
+                [str(CALLBACKS), os.environ.get("ANSIBLE_CALLBACK_PLUGINS", "")]
+            ),
             "ANSIBLE_CALLBACKS_ENABLED": "kill_at",
             "KIT_KILL_AT": str(at),
             "KIT_KILL_LOG": str(log),

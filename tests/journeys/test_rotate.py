@@ -135,6 +135,7 @@ def use(name):
     said = {"messages": [{"role": "user", "content": "?"}]}
     answer = requests.post(f"{url}/gateway/{name}/mlflow/invocations", json=said, auth=login)
     used += 1
+    time.sleep(0.1)
     words = answer.json()["choices"][0]["message"]["content"] if answer.status_code == 200 else answer.text
     if words != f"Bearer {made[name]}":
         wrong.append(f"{time.strftime('%H:%M:%S')} {answer.status_code} {words[:200]}")
@@ -284,7 +285,7 @@ def quiet(figures: dict[str, Any], kind: str) -> None:
         f" {figures['runs']} acknowledged runs, {len(figures['lost'])} lost"
     )
     assert (figures["failed"], figures["refused"], figures["gave_up"], figures["lost"]) == (0, 0, [], []), figures
-    assert figures["requests"] > max(100, 50 * figures["closed"])
+    assert figures["requests"] > max(100, 20 * figures["closed"])
 
 
 def test_a_dry_run_tells_and_changes_nothing(site: Site) -> None:
