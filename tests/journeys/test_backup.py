@@ -186,11 +186,6 @@ def moments() -> dict[str, Any]:
     return {}
 
 
-def test_a_run_without_changes_changes_nothing(site: Site) -> None:
-    assert site.changed() == 0
-    assert site.changed("--check") == 0
-
-
 def test_a_backup_and_a_drill(site: Site, moments: dict[str, Any]) -> None:
     """With every figure that `status` reads, and nothing of it readable in the open."""
     fill(site, "first")

@@ -481,6 +481,8 @@ def _start_jobs(handed: dict[str, str], address: str) -> None:
 def _prepare(kind: str) -> dict[str, str]:
     """Set up the environment that the command line would hand to a worker of `kind`, and return what it hands over."""
     notify("STATUS=importing")
+    # Imports make many objects and next to no garbage: looking for it is a fifth of the time that a start takes.
+    gc.disable()
     artifacts = _true("MLFLOW_SERVE_ARTIFACTS")
     os.environ["MLFLOW_DEFAULT_ARTIFACT_ROOT"] = artifact_root()
     os.environ["MLFLOW_SERVE_ARTIFACTS"] = "true" if artifacts else ""
@@ -614,6 +616,7 @@ def _settle() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(10000, 20, 50)
+    gc.enable()
 
 
 def serve(instance: int, further: list[dict[str, typing.Any]], first_port: int = 0) -> None:
