@@ -267,6 +267,9 @@ with mlflow.start_run() as run:
 print(run.info.run_id)
 """
 AGAIN = """
+import os
+# An artifact that cannot be read is asked for again for minutes, by default.
+os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
 import mlflow
 for _ in range(2):
     try:
