@@ -1,6 +1,6 @@
 """For the machines of tests: keep what Python compiles out of zip files, from one process to the next.
 
-A module comes to a host as a zip file of sources, which Python compiles anew each time, two thirds of what a call
+A module comes to a host as a zip file of sources, which Python compiles anew each time, a good third of what a call
 costs there. Python itself keeps compiled code of files only.
 """
 
