@@ -20,8 +20,11 @@ def _key() -> str:
     made_of = hashlib.sha256()
     for name in ("ansible-core", "ansible"):
         made_of.update(importlib.metadata.version(name).encode())
-    for folder in sorted([*constants.DEFAULT_MODULE_PATH, *constants.DEFAULT_MODULE_UTILS_PATH]):
-        for path in sorted(pathlib.Path(folder).rglob("*.py")):
+    folders = [pathlib.Path(one) for one in (*constants.DEFAULT_MODULE_PATH, *constants.DEFAULT_MODULE_UTILS_PATH)]
+    for roles in map(pathlib.Path, constants.DEFAULT_ROLES_PATH):
+        folders += [*roles.glob("*/library"), *roles.glob("*/module_utils")]
+    for folder in sorted(folders):
+        for path in sorted(folder.rglob("*.py")):
             made_of.update(path.name.encode() + path.read_bytes())
     return made_of.hexdigest()[:16]
 
